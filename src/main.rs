@@ -1,0 +1,3 @@
+//! The `knibfs` program: parse, dispatch, exit code; nothing else.
+
+fn main() {}
