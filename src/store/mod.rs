@@ -1,0 +1,23 @@
+//! The store on disk: layout, records, atomic writes, locks, journal, checksums.
+//!
+//! Knows where everything lies and what a record may say. Knows no rule about what may be done with a backup (that is
+//! `chain`), no hypervisor and no command line. The format is described in `docs/FORMAT.md`.
+
+pub mod atomic;
+mod error;
+pub mod ids;
+mod layout;
+pub mod manifest;
+pub mod names;
+mod record;
+pub mod staging;
+pub mod vm;
+
+pub use error::{StoreError, StoreResult};
+pub use ids::{BackupId, OfferingId, OpId, StoreId, VmId, VolumeId};
+pub use layout::{FORMAT, Store, StoreConfig};
+pub use manifest::Manifest;
+pub use names::{BackupName, BackupSpec, DiskName, DiskSpec, VmName};
+pub use record::Record;
+pub use staging::Staging;
+pub use vm::VmRecord;
