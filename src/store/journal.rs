@@ -1,0 +1,307 @@
+//! The journal: what an operation is about to do, written down before it is done, so that `recover` can finish or undo it.
+//!
+//! Every entry lies twice: in the store, and on the host that works (a store may vanish in the middle of a backup).
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use jiff::Timestamp;
+use serde::{Deserialize, Serialize};
+
+use super::lock::hostname;
+use super::manifest::{Kind, PrimaryImage};
+use super::vm::Tracking;
+use super::{BackupId, BackupName, DiskName, OpId, Record, Store, StoreError, StoreResult, VmName, VolumeId};
+use super::{atomic, record};
+
+/// Folder for what a host keeps about stores, instead of `/var/lib/knibfs`.
+pub const STATE_DIR_ENV: &str = "KNIBFS_STATE_DIR";
+
+/// One operation that is under way.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Entry {
+    /// Its identity.
+    pub id: OpId,
+    /// Counts the writes: of two copies the higher is the later.
+    pub revision: u64,
+    /// The VM.
+    pub vm: VmName,
+    /// When it began.
+    pub started: Timestamp,
+    /// The host that works.
+    pub host: String,
+    /// The process that works.
+    pub pid: u32,
+    /// What is done and how far it is.
+    pub operation: Operation,
+}
+
+/// What is being done.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "kind", rename_all = "lowercase")]
+pub enum Operation {
+    /// Taking a backup.
+    Backup(BackupOp),
+    /// Compressing a stored backup.
+    Compress(CompressOp),
+}
+
+/// A backup under way.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BackupOp {
+    /// The backup.
+    pub backup: BackupId,
+    /// Its name, once published.
+    #[serde(default)]
+    pub name: Option<BackupName>,
+    /// Isolated backups leave no delta.
+    pub isolated: bool,
+    /// The last of its chain leaves no delta.
+    pub end_of_chain: bool,
+    /// The last step that was begun.
+    pub step: BackupStep,
+    /// Per disk what was done.
+    pub disks: Vec<DiskOp>,
+    /// The tracking state that `vm.json` gets when all is done, once known.
+    #[serde(default)]
+    pub tracking: Option<Tracking>,
+}
+
+/// Steps of a backup, in order. Each is written before it is begun.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum BackupStep {
+    /// Nothing on primary has changed.
+    Planned,
+    /// Overlays may or may not be there.
+    Snapshot,
+    /// Overlays are there; the store has nothing whole.
+    Copy,
+    /// The staging folder is whole, or already renamed.
+    Publish,
+    /// Deltas are merged one after the other.
+    Merge,
+    /// `vm.json` is written.
+    Record,
+}
+
+/// One disk of a backup under way.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DiskOp {
+    /// The volume.
+    pub volume: VolumeId,
+    /// Its name.
+    pub name: DiskName,
+    /// Device in the guest; none for plain disk files.
+    #[serde(default)]
+    pub target: Option<String>,
+    /// Full or incremental.
+    pub kind: Kind,
+    /// The images that are frozen and copied, top first, as they were before the snapshot.
+    pub frozen: Vec<PrimaryImage>,
+    /// The overlay that the snapshot makes; none for `scan`.
+    #[serde(default)]
+    pub overlay: Option<PathBuf>,
+    /// How the copy went.
+    #[serde(default)]
+    pub copy: Outcome,
+    /// The merges to do, in order.
+    #[serde(default)]
+    pub merges: Vec<Merge>,
+}
+
+/// Merging one image into the one below it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Merge {
+    /// What is merged, and deleted when nothing names it any more.
+    pub top: PathBuf,
+    /// What it is merged into.
+    pub base: PathBuf,
+    /// How it went.
+    #[serde(default)]
+    pub outcome: Outcome,
+}
+
+/// How a part of an operation went.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "is", rename_all = "lowercase")]
+pub enum Outcome {
+    /// Not begun.
+    #[default]
+    Pending,
+    /// Begun; it may or may not have happened.
+    Begun,
+    /// Done.
+    Done,
+    /// Left out on purpose.
+    Kept {
+        /// Why.
+        reason: String,
+    },
+    /// It failed.
+    Failed {
+        /// Why.
+        error: String,
+    },
+}
+
+/// A compression under way.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CompressOp {
+    /// The backup.
+    pub backup: BackupId,
+    /// Its name.
+    pub name: BackupName,
+    /// Files that are swapped: written beside, renamed over.
+    pub swaps: Vec<Swap>,
+}
+
+/// A file that is to take another's place.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Swap {
+    /// The disk.
+    pub disk: DiskName,
+    /// How it went.
+    #[serde(default)]
+    pub outcome: Outcome,
+}
+
+impl Record for Entry {
+    const FORMAT: u64 = 1;
+}
+
+/// An operation under way with both of its files.
+#[derive(Debug)]
+pub struct Journal {
+    entry: Entry,
+    local: PathBuf,
+    shared: PathBuf,
+}
+
+impl Store {
+    /// Begins an operation: returns once it is written down in both places. The caller holds the VM's lock.
+    pub fn begin(&self, vm: &VmName, operation: Operation) -> StoreResult<Journal> {
+        let entry = Entry {
+            id: OpId::random(),
+            revision: 0,
+            vm: vm.clone(),
+            started: Timestamp::now(),
+            host: hostname(),
+            pid: std::process::id(),
+            operation,
+        };
+        let local = self.local_journal_dir();
+        fs::create_dir_all(&local).map_err(StoreError::io("create the folder", &local))?;
+        let mut journal = Journal::of(self, entry);
+        journal.write()?;
+        Ok(journal)
+    }
+
+    /// Every operation that was begun and not finished, the oldest first; of two copies the later.
+    ///
+    /// A damaged copy is only an error when the other one cannot stand in for it.
+    pub fn unfinished(&self) -> StoreResult<Vec<Journal>> {
+        let mut found: Vec<Entry> = Vec::new();
+        let mut failed: Vec<(OpId, StoreError)> = Vec::new();
+        for dir in [self.local_journal_dir(), self.journal_dir()] {
+            for (id, entry) in entries(&dir)? {
+                match (entry, found.iter_mut().find(|e| e.id == id)) {
+                    (Ok(entry), None) => found.push(entry),
+                    (Ok(entry), Some(known)) if entry.revision > known.revision => *known = entry,
+                    (Ok(_), Some(_)) => {}
+                    (Err(error), _) => failed.push((id, error)),
+                }
+            }
+        }
+        if let Some((_, error)) = failed.into_iter().find(|(id, _)| !found.iter().any(|e| e.id == *id)) {
+            return Err(error);
+        }
+        found.sort_by_key(|e| e.started);
+        Ok(found.into_iter().map(|entry| Journal::of(self, entry)).collect())
+    }
+
+    /// `/var/lib/knibfs/<store id>/journal` on this host.
+    pub fn local_journal_dir(&self) -> PathBuf {
+        state_dir().join(self.id().to_string()).join("journal")
+    }
+}
+
+/// Where this host keeps what it knows about stores.
+pub fn state_dir() -> PathBuf {
+    if let Some(dir) = std::env::var_os(STATE_DIR_ENV).filter(|d| !d.is_empty()) {
+        return PathBuf::from(dir);
+    }
+    if rustix::process::geteuid().is_root() {
+        return PathBuf::from("/var/lib/knibfs");
+    }
+    match (std::env::var_os("XDG_STATE_HOME"), std::env::var_os("HOME")) {
+        (Some(state), _) if !state.is_empty() => PathBuf::from(state).join("knibfs"),
+        (_, Some(home)) => PathBuf::from(home).join(".local/state/knibfs"),
+        _ => PathBuf::from("/var/lib/knibfs"),
+    }
+}
+
+impl Journal {
+    fn of(store: &Store, entry: Entry) -> Self {
+        let file = format!("{}.json", entry.id);
+        Self { local: store.local_journal_dir().join(&file), shared: store.journal_dir().join(&file), entry }
+    }
+
+    /// What is written down.
+    pub fn entry(&self) -> &Entry {
+        &self.entry
+    }
+
+    /// Changes what is written down; returns once it lasts.
+    pub fn update(&mut self, change: impl FnOnce(&mut Operation)) -> StoreResult<()> {
+        change(&mut self.entry.operation);
+        self.write()
+    }
+
+    /// As `update` for a backup; does nothing to other operations.
+    pub fn update_backup(&mut self, change: impl FnOnce(&mut BackupOp)) -> StoreResult<()> {
+        self.update(|operation| {
+            if let Operation::Backup(backup) = operation {
+                change(backup);
+            }
+        })
+    }
+
+    /// The local copy first: the store may be what fails.
+    fn write(&mut self) -> StoreResult<()> {
+        self.entry.revision = self.entry.revision.saturating_add(1);
+        record::write(&self.local, &self.entry)?;
+        record::write(&self.shared, &self.entry)
+    }
+
+    /// The operation is finished or undone: nothing is left to recover.
+    pub fn finish(self) -> StoreResult<()> {
+        // The other order would let a crash in between bring a finished operation back from the store alone,
+        // on any host; a left local copy is only ever seen here.
+        atomic::remove(&self.shared)?;
+        remove_local(&self.local)
+    }
+}
+
+fn remove_local(path: &Path) -> StoreResult<()> {
+    // `recover` on another host has no local copy, perhaps not even the folder.
+    if path.exists() { atomic::remove(path) } else { Ok(()) }
+}
+
+fn entries(dir: &Path) -> StoreResult<Vec<(OpId, StoreResult<Entry>)>> {
+    let listing = match fs::read_dir(dir) {
+        Ok(listing) => listing,
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(e) => return Err(StoreError::io("read the folder", dir)(e)),
+    };
+    let mut found = Vec::new();
+    for entry in listing {
+        let entry = entry.map_err(StoreError::io("read the folder", dir))?;
+        let name = entry.file_name();
+        let id = name.to_str().and_then(|n| n.strip_suffix(".json")).and_then(|id| id.parse::<OpId>().ok());
+        if let Some(id) = id {
+            found.push((id, record::read(&entry.path())));
+        }
+    }
+    Ok(found)
+}

@@ -1,0 +1,126 @@
+//! Leases: who uses a backup, so that it is not taken away. Counted and on disk; a flag is not enough.
+
+use std::fs::{self, File, OpenOptions};
+use std::io::Write as _;
+use std::path::PathBuf;
+
+use jiff::Timestamp;
+use serde::{Deserialize, Serialize};
+
+use super::lock::hostname;
+use super::{BackupId, Store, StoreError, StoreResult, atomic};
+
+/// One use of a backup.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LeaseInfo {
+    /// The backup.
+    pub backup: BackupId,
+    /// For people: "mounted at /mnt", "compression".
+    pub purpose: String,
+    /// The host that uses it.
+    pub host: String,
+    /// The process that uses it.
+    pub pid: u32,
+    /// Since when.
+    pub since: Timestamp,
+}
+
+/// A use of a backup by this process; ends when dropped or when the process dies.
+#[derive(Debug)]
+pub struct Lease {
+    path: PathBuf,
+    _file: File,
+}
+
+impl Store {
+    /// Takes a lease. The file stays locked while the lease lives, so that one of a dead process is known as such.
+    pub fn lease(&self, backup: BackupId, purpose: &str) -> StoreResult<Lease> {
+        let info = LeaseInfo {
+            backup,
+            purpose: purpose.into(),
+            host: hostname(),
+            pid: std::process::id(),
+            since: Timestamp::now(),
+        };
+        let text = serde_json::to_vec(&info)
+            .map_err(|e| StoreError::Invalid(format!("cannot encode a lease: {e}")))?;
+        let path = self.leases_dir().join(format!("{backup}.{}.json", uuid::Uuid::new_v4().simple()));
+        let mut file = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .create_new(true)
+            .open(&path)
+            .map_err(StoreError::io("create the lease", &path))?;
+        file.lock().map_err(StoreError::io("lock", &path))?;
+        file.write_all(&text).map_err(StoreError::io("write", &path))?;
+        atomic::sync_parent(&path)?;
+        Ok(Lease { path, _file: file })
+    }
+
+    /// The living leases of a backup. What dead processes left is cleared away.
+    pub fn leases(&self, backup: BackupId) -> StoreResult<Vec<LeaseInfo>> {
+        let dir = self.leases_dir();
+        let prefix = format!("{backup}.");
+        let mut found = Vec::new();
+        for entry in fs::read_dir(&dir).map_err(StoreError::io("read the folder", &dir))? {
+            let entry = entry.map_err(StoreError::io("read the folder", &dir))?;
+            if !entry.file_name().to_str().is_some_and(|n| n.starts_with(&prefix) && n.ends_with(".json")) {
+                continue;
+            }
+            let path = entry.path();
+            let Ok(file) = File::open(&path) else { continue };
+            if file.try_lock_shared().is_ok() {
+                // Its process is gone. Losing a race with another that clears is fine.
+                let _ = fs::remove_file(&path);
+                continue;
+            }
+            let text = fs::read(&path).map_err(StoreError::io("read", &path))?;
+            found.push(serde_json::from_slice(&text).unwrap_or_else(|_| LeaseInfo {
+                backup,
+                purpose: "unknown (its record is being written or damaged)".into(),
+                host: "unknown".into(),
+                pid: 0,
+                since: Timestamp::UNIX_EPOCH,
+            }));
+        }
+        Ok(found)
+    }
+}
+
+impl Drop for Lease {
+    fn drop(&mut self) {
+        if let Err(error) = fs::remove_file(&self.path) {
+            tracing::debug!("cannot delete the lease {}: {error}", self.path.display());
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::layout::tests::store_with_vm;
+    use super::*;
+
+    #[test]
+    fn leases_are_counted_and_end_with_their_holder() {
+        let (_dir, store, _) = store_with_vm();
+        let (used, other) = (BackupId::random(), BackupId::random());
+        let first = store.lease(used, "mounted at /mnt").unwrap();
+        let second = store.lease(used, "compression").unwrap();
+        assert_eq!(store.leases(used).unwrap().len(), 2);
+        assert_eq!(store.leases(other).unwrap(), []);
+        drop(first);
+        assert_eq!(store.leases(used).unwrap()[0].purpose, "compression");
+        drop(second);
+        assert_eq!(store.leases(used).unwrap(), []);
+    }
+
+    #[test]
+    fn what_a_dead_process_left_is_no_lease() {
+        let (_dir, store, _) = store_with_vm();
+        let used = BackupId::random();
+        let path = store.leases_dir().join(format!("{used}.dead.json"));
+        fs::write(&path, "{}").unwrap();
+        assert_eq!(store.leases(used).unwrap(), []);
+        assert!(!path.exists());
+    }
+}
