@@ -16,6 +16,7 @@ mod offering;
 mod record;
 pub mod settings;
 pub mod staging;
+pub mod sums;
 pub mod vm;
 
 pub use error::{StoreError, StoreResult};
