@@ -3,4 +3,5 @@
 //! Data flows one way: the command line calls an operation, which asks the pure rules what may be done, records it in
 //! the store and has the hypervisor and the qcow2 engine do it. The mount reads the store and never changes it.
 
+pub mod chain;
 pub mod store;

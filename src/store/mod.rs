@@ -7,6 +7,8 @@ pub mod atomic;
 mod error;
 pub mod ids;
 pub mod journal;
+#[cfg(test)]
+pub(crate) use layout::tests as layout_fixtures;
 mod layout;
 mod lease;
 mod lock;

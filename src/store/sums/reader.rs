@@ -173,8 +173,10 @@ const MAX_SPAN: u64 = 512 << 20;
 
 /// Reads a part whose place was checked against the file's length, and compares its checksum.
 fn read_span(file: &File, path: &Path, span: Span) -> StoreResult<Vec<u8>> {
-    let len =
-        usize::try_from(span.len).map_err(|_| StoreError::damaged(path, "it claims an impossible length"))?;
+    let len = usize::try_from(span.len)
+        .ok()
+        .filter(|_| span.len <= MAX_SPAN)
+        .ok_or_else(|| StoreError::damaged(path, "it claims an impossible length"))?;
     let mut bytes = vec![0; len];
     file.read_exact_at(&mut bytes, span.offset).map_err(|e| match e.kind() {
         std::io::ErrorKind::UnexpectedEof => StoreError::damaged(path, "it is cut"),
