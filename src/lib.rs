@@ -4,4 +4,6 @@
 //! the store and has the hypervisor and the qcow2 engine do it. The mount reads the store and never changes it.
 
 pub mod chain;
+pub mod cli;
+pub mod ops;
 pub mod store;

@@ -1,3 +1,5 @@
 //! The `knibfs` program: parse, dispatch, exit code; nothing else.
 
-fn main() {}
+fn main() -> std::process::ExitCode {
+    knibfs::cli::run()
+}

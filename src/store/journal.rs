@@ -222,7 +222,7 @@ impl Store {
 
     /// `/var/lib/knibfs/<store id>/journal` on this host.
     pub fn local_journal_dir(&self) -> PathBuf {
-        state_dir().join(self.id().to_string()).join("journal")
+        self.state_dir().join("journal")
     }
 }
 
@@ -304,4 +304,67 @@ fn entries(dir: &Path) -> StoreResult<Vec<(OpId, StoreResult<Entry>)>> {
         }
     }
     Ok(found)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::layout::tests::store_with_vm;
+    use super::*;
+
+    fn backup_op() -> Operation {
+        Operation::Backup(BackupOp {
+            backup: BackupId::random(),
+            name: None,
+            isolated: false,
+            end_of_chain: false,
+            step: BackupStep::Planned,
+            disks: vec![],
+            tracking: None,
+        })
+    }
+
+    fn step(journal: &Journal) -> BackupStep {
+        match &journal.entry().operation {
+            Operation::Backup(op) => op.step,
+            Operation::Compress(_) => panic!("it was a backup"),
+        }
+    }
+
+    #[test]
+    fn what_was_begun_is_found_until_it_is_finished() {
+        let (_dir, store, vm) = store_with_vm();
+        let mut journal = store.begin(&vm, backup_op()).unwrap();
+        journal.update_backup(|op| op.step = BackupStep::Copy).unwrap();
+        let found = store.unfinished().unwrap();
+        assert_eq!((found.len(), step(&found[0])), (1, BackupStep::Copy));
+        journal.finish().unwrap();
+        assert!(store.unfinished().unwrap().is_empty());
+    }
+
+    #[test]
+    fn either_copy_will_do_and_the_later_one_counts() {
+        let (_dir, store, vm) = store_with_vm();
+        let mut journal = store.begin(&vm, backup_op()).unwrap();
+        let old = fs::read(&journal.shared).unwrap();
+        journal.update_backup(|op| op.step = BackupStep::Merge).unwrap();
+        // The store vanished before the last write.
+        fs::write(&journal.shared, &old).unwrap();
+        assert_eq!(step(&store.unfinished().unwrap()[0]), BackupStep::Merge);
+        fs::remove_file(&journal.shared).unwrap();
+        assert_eq!(step(&store.unfinished().unwrap()[0]), BackupStep::Merge);
+        // A damaged copy is no harm while the other one is whole.
+        fs::write(&journal.shared, b"{").unwrap();
+        assert_eq!(step(&store.unfinished().unwrap()[0]), BackupStep::Merge);
+        fs::remove_file(&journal.local).unwrap();
+        assert!(
+            store.unfinished().is_err(),
+            "the only copy is damaged: nobody may think that nothing was going on"
+        );
+        // Another host has only what lies in the store.
+        fs::write(&journal.shared, &old).unwrap();
+        let elsewhere = store.clone().with_state_dir("/nonexistent".into());
+        let found = elsewhere.unfinished().unwrap().remove(0);
+        assert_eq!(step(&found), BackupStep::Planned);
+        found.finish().unwrap();
+    }
 }

@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
+use super::journal::state_dir;
 use super::{
     BackupName, BackupSpec, DiskName, Manifest, StoreError, StoreId, StoreResult, VmName, VmRecord, atomic,
     record,
@@ -44,6 +45,7 @@ pub struct Store {
     root: PathBuf,
     id: StoreId,
     write_once: bool,
+    state_dir: PathBuf,
 }
 
 /// A VM's backups as found: what cannot be read is reported, not hidden.
@@ -95,7 +97,8 @@ impl Store {
         }
         let root = path.canonicalize().map_err(StoreError::io("open the store", path))?;
         let config = read_config(&root)?;
-        Ok(Self { root, id: config.id, write_once: config.write_once })
+        let state_dir = state_dir().join(config.id.to_string());
+        Ok(Self { root, id: config.id, write_once: config.write_once, state_dir })
     }
 
     /// Its folder, absolute and without links.
@@ -111,6 +114,18 @@ impl Store {
     /// Backups are compressed while they are copied, never rewritten.
     pub fn is_write_once(&self) -> bool {
         self.write_once
+    }
+
+    /// What this host keeps about the store, outside of it: `/var/lib/knibfs/<store id>`.
+    pub fn state_dir(&self) -> &Path {
+        &self.state_dir
+    }
+
+    /// Keeps it in another folder, whatever the environment says.
+    #[must_use]
+    pub fn with_state_dir(mut self, dir: PathBuf) -> Self {
+        self.state_dir = dir;
+        self
     }
 
     /// `vms/`.
@@ -394,6 +409,7 @@ pub(crate) mod tests {
     pub(crate) fn store_with_vm() -> (tempfile::TempDir, Store, VmName) {
         let dir = tempfile::tempdir().unwrap();
         let store = Store::init(&dir.path().join("store"), false).unwrap();
+        let store = store.with_state_dir(dir.path().join("state"));
         let name = VmName::new("web1").unwrap();
         store.create_vm(&vm_record(&name)).unwrap();
         (dir, store, name)

@@ -1,0 +1,149 @@
+//! The command line: parses, talks, shows progress, formats. Decides nothing.
+
+mod init;
+mod list;
+mod offering;
+mod output;
+mod progress;
+mod setting;
+mod show;
+mod signals;
+mod vm;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+use crate::store::Store;
+use output::Out;
+
+/// Native incremental backups of KVM guests, in a store of plain qcow2 files that mounts as a filesystem.
+#[derive(Debug, Parser)]
+#[command(name = "knibfs", version, propagate_version = true, arg_required_else_help = true)]
+struct Cli {
+    /// Folder of the store.
+    #[arg(short = 's', long = "store", env = "KNIBFS_STORE", global = true, value_name = "STORE")]
+    store: Option<PathBuf>,
+
+    /// Print the result as JSON.
+    #[arg(long, global = true)]
+    json: bool,
+
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Make a store in a new or empty folder.
+    Init(init::Args),
+    /// Named sets of options that VMs are assigned to.
+    #[command(subcommand)]
+    Offering(offering::Command),
+    /// Settings of the store.
+    #[command(subcommand)]
+    Setting(setting::Command),
+    /// The VMs that the store knows.
+    #[command(subcommand)]
+    Vm(vm::Command),
+    /// List backups, and draw how they stand on each other.
+    List(list::Args),
+    /// Show all that is known of one backup.
+    Show(show::Args),
+}
+
+/// How a command ends when it does not succeed.
+#[derive(Debug)]
+enum Failure {
+    /// The command line makes no sense: exit 2.
+    Usage(String),
+    /// It could not be done: exit 1.
+    Failed(anyhow::Error),
+}
+
+type Outcome = Result<(), Failure>;
+
+impl<E: Into<anyhow::Error>> From<E> for Failure {
+    fn from(error: E) -> Self {
+        Self::Failed(error.into())
+    }
+}
+
+/// What every command gets.
+struct Context {
+    store: Option<PathBuf>,
+    out: Out,
+}
+
+impl Context {
+    /// The store that was named.
+    fn open_store(&self) -> Result<Store, Failure> {
+        let path = self.store.as_deref().ok_or_else(|| {
+            Failure::Usage("no store was named: use `-s STORE` or set KNIBFS_STORE to its folder".into())
+        })?;
+        Ok(Store::open(path)?)
+    }
+}
+
+/// Runs the program.
+pub fn run() -> ExitCode {
+    // Wrong usage ends here, with exit code 2 and clap's own help.
+    let cli = Cli::parse();
+    start_log();
+    let context = Context { store: cli.store, out: Out::new(cli.json) };
+    match dispatch(&context, cli.command) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(Failure::Usage(message)) => {
+            eprintln!("knibfs: {message}");
+            ExitCode::from(2)
+        }
+        Err(Failure::Failed(error)) if output::is_closed_pipe(&error) => ExitCode::SUCCESS,
+        Err(Failure::Failed(error)) => {
+            eprintln!("knibfs: {error:#}");
+            ExitCode::from(1)
+        }
+    }
+}
+
+fn dispatch(context: &Context, command: Command) -> Outcome {
+    match command {
+        Command::Init(args) => init::run(context, &args),
+        Command::Offering(command) => offering::run(context, command),
+        Command::Setting(command) => setting::run(context, command),
+        Command::Vm(command) => vm::run(context, command),
+        Command::List(args) => list::run(context, &args),
+        Command::Show(args) => show::run(context, &args),
+    }
+}
+
+/// Log lines go to standard error; `KNIBFS_LOG=debug` shows more.
+fn start_log() {
+    let filter = tracing_subscriber::EnvFilter::try_from_env("KNIBFS_LOG")
+        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("warn"));
+    // A second start (in tests) is harmless.
+    let _ = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_target(false)
+        .try_init();
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory as _;
+
+    use super::*;
+
+    #[test]
+    fn the_command_line_holds_together() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn the_store_may_be_named_before_or_after_the_command() {
+        for line in [["knibfs", "-s", "/s", "list"], ["knibfs", "list", "-s", "/s"]] {
+            assert_eq!(Cli::try_parse_from(line).unwrap().store, Some(PathBuf::from("/s")));
+        }
+    }
+}

@@ -1,0 +1,3 @@
+//! Operations: what a command asks for, planned by `chain`, recorded by `store`, done by the engine and the hypervisor.
+
+pub mod control;
