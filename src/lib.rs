@@ -5,5 +5,6 @@
 
 pub mod chain;
 pub mod cli;
+pub mod failpoint;
 pub mod ops;
 pub mod store;

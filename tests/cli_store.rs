@@ -1,4 +1,5 @@
 //! The command line over a store: results on standard output, words on standard error, exit codes.
+#![allow(missing_docs, clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 use std::path::Path;
 use std::process::{Command, Output};
@@ -92,7 +93,8 @@ fn wrong_usage_is_exit_code_2() {
     ] {
         program.refused(2, arguments);
     }
-    let output = Command::new(env!("CARGO_BIN_EXE_knibfs")).arg("list").env_remove("KNIBFS_STORE").output().unwrap();
+    let output =
+        Command::new(env!("CARGO_BIN_EXE_knibfs")).arg("list").env_remove("KNIBFS_STORE").output().unwrap();
     assert_eq!(output.status.code(), Some(2));
     assert!(String::from_utf8_lossy(&output.stderr).contains("-s STORE"));
 }

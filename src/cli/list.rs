@@ -121,7 +121,7 @@ fn cells(row: &Row, vm: &Listed) -> Vec<String> {
     let Some(manifest) = row.backup.as_ref().and_then(|n| vm.backups.manifests.iter().find(|m| m.name == *n))
     else {
         let mark = if row.link == Link::Start { "┊" } else { "├─┊" };
-        return vec![format!("{mark} {} removed, kept for what stands on them", row.hidden)];
+        return vec![format!("{mark} {} removed, kept", row.hidden)];
     };
     let mut notes = Vec::new();
     if manifest.state != BackupState::BackedUp {
@@ -158,5 +158,54 @@ fn paint(out: &Out, line: &str, manifest: Option<&Manifest>) -> String {
             (_, ValidationState::Valid, _) => out.paint(Colour::Green, line),
             _ => line.to_owned(),
         },
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::store::layout_fixtures::{manifest, store_with_vm};
+    use crate::store::manifest::{Kind, Parent};
+    use crate::store::vm::Current;
+
+    #[test]
+    fn a_chain_is_drawn_with_kinds_sizes_and_states() {
+        let (_dir, store, name) = store_with_vm();
+        let mut vm = store.vm(&name).unwrap();
+        let mut last: Option<Parent> = None;
+        for day in 1..=4 {
+            let mut backup = manifest(&vm, &format!("2026-01-0{day}T00:00:00Z"), day);
+            let staging = store.stage(&name, backup.id).unwrap();
+            if let Some(parent) = last {
+                backup.parent = Some(parent);
+                backup.disks[0].kind = Kind::Incremental;
+                backup.disks[0].depth = day as u32;
+                backup.disks[0].file_size = 64 << 10;
+            }
+            backup.state = if day == 2 { BackupState::Removed } else { backup.state };
+            backup.compression = if day == 3 { CompressionState::Compressed } else { backup.compression };
+            last = Some(Parent { id: backup.id, name: staging.publish(&store, &mut backup).unwrap() });
+        }
+        let last = last.unwrap();
+        vm.tracking.current = Some(Current { id: last.id, name: last.name });
+        store.save_vm(&vm).unwrap();
+        let listed = look(&store, name.clone(), true).unwrap();
+        let out = Out::new(true);
+        let drawn = "\
+web1  1 disk file, tracked by scan; 3 backups, 4.2 MiB
+  ● 2026-01-01T00-00-00Z    full         4.0 MiB
+  ├─┊ 1 removed, kept
+  ├─● 2026-01-03T00-00-00Z  incremental  64 KiB   Compressed
+  ╰─● 2026-01-04T00-00-00Z  incremental  64 KiB   current
+";
+        assert_eq!(draw(&out, &listed), drawn);
+
+        // A damaged manifest is shown, and hides no other.
+        std::fs::write(store.manifest_path(&name, &"2026-01-03T00-00-00Z".parse().unwrap()), "{").unwrap();
+        let drawn = draw(&out, &look(&store, name, true).unwrap());
+        assert!(
+            drawn.contains("✗ 2026-01-03T00-00-00Z") && drawn.contains("2026-01-04T00-00-00Z"),
+            "{drawn}"
+        );
     }
 }

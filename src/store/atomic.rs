@@ -6,19 +6,24 @@ use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
 
 use super::{StoreError, StoreResult};
+use crate::failpoint;
 
 /// Replaces or makes `path` with `bytes` at once: whoever reads, also after a crash, sees the old or the new whole.
 ///
 /// `mode` is the file's permissions (0o600 for what holds secrets).
 pub fn write(path: &Path, bytes: &[u8], mode: u32) -> StoreResult<()> {
     let beside = beside(path)?;
-    let outcome = write_beside(&beside, bytes, mode)
-        .and_then(|()| fs::rename(&beside, path).map_err(StoreError::io("rename into place", path)));
+    failpoint::hit("write.begin");
+    let outcome = write_beside(&beside, bytes, mode).and_then(|()| {
+        failpoint::hit("write.rename");
+        fs::rename(&beside, path).map_err(StoreError::io("rename into place", path))
+    });
     if outcome.is_err() {
         // What is left of a failed write (a full disk, mostly) only takes room.
         let _ = fs::remove_file(&beside);
         return outcome;
     }
+    failpoint::hit("write.done");
     sync_parent(path)
 }
 
@@ -44,13 +49,16 @@ fn beside(path: &Path) -> StoreResult<PathBuf> {
 
 /// Renames and makes the rename last; both folders are flushed.
 pub fn rename(from: &Path, to: &Path) -> StoreResult<()> {
+    failpoint::hit("rename.begin");
     fs::rename(from, to).map_err(StoreError::io("rename into place", to))?;
+    failpoint::hit("rename.done");
     sync_parent(to)?;
     if from.parent() != to.parent() { sync_parent(from) } else { Ok(()) }
 }
 
 /// Unlinks a file and makes that last; a file that is not there is fine.
 pub fn remove(path: &Path) -> StoreResult<()> {
+    failpoint::hit("remove.begin");
     match fs::remove_file(path) {
         Ok(()) => sync_parent(path),
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(()),
@@ -70,6 +78,7 @@ pub fn sync_dir(dir: &Path) -> StoreResult<()> {
 
 /// Makes a folder, and makes that last; one that is there already is fine.
 pub fn create_dir(dir: &Path) -> StoreResult<()> {
+    failpoint::hit("create-dir.begin");
     match fs::create_dir(dir) {
         Ok(()) => sync_parent(dir),
         Err(e) if e.kind() == std::io::ErrorKind::AlreadyExists && dir.is_dir() => Ok(()),

@@ -11,6 +11,7 @@ use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
 use super::journal::state_dir;
+use super::probe;
 use super::{
     BackupName, BackupSpec, DiskName, Manifest, StoreError, StoreId, StoreResult, VmName, VmRecord, atomic,
     record,
@@ -21,6 +22,7 @@ pub const FORMAT: u64 = 1;
 
 const CONFIG: &str = "knibfs.toml";
 const MANIFEST: &str = "manifest.json";
+const VM: &str = "vm.json";
 
 /// `knibfs.toml`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -73,6 +75,7 @@ impl Store {
         }
         let root = path.canonicalize().map_err(StoreError::io("look at", path))?;
         refuse_hard_names(&root)?;
+        probe::probe(&root)?;
         for part in ["vms", "offerings", "journal", "leases"] {
             atomic::create_dir(&root.join(part))?;
         }
@@ -160,7 +163,7 @@ impl Store {
 
     /// `vms/<vm>/vm.json`.
     pub fn vm_path(&self, vm: &VmName) -> PathBuf {
-        self.vm_dir(vm).join("vm.json")
+        self.vm_dir(vm).join(VM)
     }
 
     /// `offerings/`.
@@ -203,18 +206,24 @@ impl Store {
 
     /// Adds a VM; refused when the name is taken.
     pub fn create_vm(&self, vm: &VmRecord) -> StoreResult<()> {
-        let dir = self.vm_dir(&vm.name);
-        if self.vm_path(&vm.name).exists() {
-            return Err(StoreError::Exists {
-                article_what: "a VM",
-                name: vm.name.to_string(),
-                store: self.root.clone(),
-            });
+        let exists = || StoreError::Exists {
+            article_what: "a VM",
+            name: vm.name.to_string(),
+            store: self.root.clone(),
+        };
+        let place = self.vm_dir(&vm.name);
+        if place.exists() {
+            return Err(exists());
         }
-        atomic::create_dir(&dir)?;
-        self.save_vm(vm).inspect_err(|_| {
-            // Only succeeds when it is empty: what was there is not ours to take.
-            let _ = fs::remove_dir(&dir);
+        // Like a backup: there whole or not at all. No VM's name begins with a dot.
+        let beside = self.vms_dir().join(format!(".new-{}", uuid::Uuid::new_v4()));
+        let made = atomic::create_dir(&beside)
+            .and_then(|()| record::write(&beside.join(VM), vm))
+            .and_then(|()| atomic::rename(&beside, &place));
+        made.map_err(|error| {
+            let _ = fs::remove_dir_all(&beside);
+            // Another process was faster.
+            if place.join(VM).exists() { exists() } else { error }
         })
     }
 

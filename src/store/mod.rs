@@ -15,6 +15,7 @@ mod lock;
 pub mod manifest;
 pub mod names;
 mod offering;
+mod probe;
 mod record;
 pub mod settings;
 pub mod staging;

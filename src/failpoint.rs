@@ -1,0 +1,37 @@
+//! Places where a test may kill the program, as a crash of the host would.
+//!
+//! `KNIBFS_FAILPOINT=<name>` kills it (SIGKILL) when it comes to the place of that name, `KNIBFS_FAILPOINT=#<n>` at the
+//! n-th place it comes to: a test that counts n up until the program ends by itself has tried them all.
+
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+/// The environment variable.
+pub const ENV: &str = "KNIBFS_FAILPOINT";
+
+enum Wanted {
+    Name(String),
+    Number(u64),
+}
+
+/// The program is at the place `name`.
+pub fn hit(name: &str) {
+    static WANTED: OnceLock<Option<Wanted>> = OnceLock::new();
+    static HITS: AtomicU64 = AtomicU64::new(0);
+    let wanted = WANTED.get_or_init(|| {
+        let text = std::env::var(ENV).ok()?;
+        Some(match text.strip_prefix('#').and_then(|n| n.parse().ok()) {
+            Some(number) => Wanted::Number(number),
+            None => Wanted::Name(text),
+        })
+    });
+    let now = match wanted {
+        None => return,
+        Some(Wanted::Name(wanted)) => wanted == name,
+        Some(Wanted::Number(number)) => HITS.fetch_add(1, Ordering::Relaxed) + 1 == *number,
+    };
+    if now {
+        eprintln!("failpoint: killed at {name}");
+        let _ = rustix::process::kill_process(rustix::process::getpid(), rustix::process::Signal::KILL);
+    }
+}
