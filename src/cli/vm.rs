@@ -1,14 +1,18 @@
 //! `knibfs vm`.
 
 use std::fmt::Write as _;
+use std::path::PathBuf;
 
 use super::output::table;
 use super::{Context, Outcome};
-use crate::store::vm::{Source, VmState};
-use crate::store::{Store, StoreResult, VmName, VmRecord};
+use crate::ops::add_vm::{self, NewVm};
+use crate::store::vm::{Source, Track, VmState};
+use crate::store::{DiskName, Store, StoreResult, VmName, VmRecord};
 
 #[derive(Debug, clap::Subcommand)]
 pub enum Command {
+    /// Add a VM: image files that no libvirt domain owns.
+    Add(Add),
     /// List the VMs.
     List,
     /// Show what is known of a VM.
@@ -18,9 +22,65 @@ pub enum Command {
     },
 }
 
+#[derive(Debug, clap::Args)]
+pub struct Add {
+    /// Its name in the store.
+    name: VmName,
+
+    /// An image file or block device; once for each disk.
+    #[arg(long = "disk", value_name = "NAME=PATH", value_parser = parse_disk, required = true)]
+    disks: Vec<(DiskName, PathBuf)>,
+
+    /// How changes of image files are found: by comparing contents, touching nothing, or by an overlay (qcow2 only).
+    #[arg(long, value_enum, default_value = "scan")]
+    track: TrackName,
+
+    /// The offering that it is assigned to, by name or id.
+    #[arg(long)]
+    offering: Option<String>,
+
+    /// A disk that is not backed up; may be given several times.
+    #[arg(long = "exclude-disk", value_name = "DISK")]
+    exclude: Vec<DiskName>,
+
+    /// Folder for deltas, instead of beside each volume.
+    #[arg(long, value_name = "DIR")]
+    delta_dir: Option<PathBuf>,
+}
+
+/// Ways to find changes.
+#[derive(Debug, Clone, Copy, clap::ValueEnum)]
+pub enum TrackName {
+    /// Compare contents with the last backup's checksums.
+    Scan,
+    /// Put an overlay in the disk's place.
+    Overlay,
+}
+
+fn parse_disk(text: &str) -> Result<(DiskName, PathBuf), String> {
+    let (name, path) = text.split_once('=').ok_or("write it as NAME=PATH")?;
+    if path.is_empty() {
+        return Err("the path is empty".into());
+    }
+    Ok((DiskName::new(name).map_err(|e| e.to_string())?, path.into()))
+}
+
+fn add(context: &Context, store: &Store, args: Add) -> Outcome {
+    let track = match args.track {
+        TrackName::Scan => Track::Scan,
+        TrackName::Overlay => Track::Overlay,
+    };
+    let new =
+        NewVm { name: args.name, offering: args.offering, exclude: args.exclude, delta_dir: args.delta_dir };
+    let record = add_vm::add_disks(store, &new, &args.disks, track)?;
+    context.out.print(&record, || record.name.to_string())?;
+    Ok(())
+}
+
 pub fn run(context: &Context, command: Command) -> Outcome {
     let store = context.open_store()?;
     match command {
+        Command::Add(args) => add(context, &store, args),
         Command::List => list(context, &store),
         Command::Show { vm } => show(context, &store, &vm),
     }
