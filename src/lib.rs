@@ -6,5 +6,6 @@
 pub mod chain;
 pub mod cli;
 pub mod failpoint;
+pub mod hypervisor;
 pub mod ops;
 pub mod store;
