@@ -6,6 +6,7 @@ use std::io::{self, Read as _};
 use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _};
 use std::path::{Path, PathBuf};
 
+use crate::hypervisor::Guest;
 use crate::store::manifest::ImageFormat;
 use crate::store::vm::{Source, Track, Tracking, VmRecord, VmState, Volume};
 use crate::store::{DiskName, Store, StoreError, VmId, VmName, VolumeId};
@@ -39,6 +40,24 @@ pub enum AddError {
         /// Why not, and what to do.
         why: String,
     },
+    /// A domain that will not do.
+    #[error("cannot add the domain {domain}: {why}")]
+    Domain {
+        /// The domain.
+        domain: String,
+        /// Why not, and what to do.
+        why: String,
+    },
+    /// A disk of a domain that will not do.
+    #[error("cannot back up the disk {target} on {}: {why}", path.display())]
+    Target {
+        /// Device in the guest.
+        target: String,
+        /// Its live image.
+        path: PathBuf,
+        /// Why not, and what to do.
+        why: String,
+    },
     /// A folder for deltas that will not do.
     #[error("cannot use {} for deltas: {why}", path.display())]
     DeltaDir {
@@ -47,6 +66,9 @@ pub enum AddError {
         /// Why not.
         why: String,
     },
+    /// Every disk is excluded.
+    #[error("every disk is excluded: nothing would be backed up")]
+    NothingLeft,
     /// An exclusion that excludes nothing.
     #[error("cannot exclude {name}: the VM has no such disk; it has {disks}")]
     NothingToExclude {
@@ -80,11 +102,85 @@ pub fn add_disks(
         }
         volumes.push(volume);
     }
-    check_exclusions(new, disks.iter().map(|(name, _)| name))?;
+    let names: Vec<&str> = disks.iter().map(|(name, _)| name.as_str()).collect();
+    check_exclusions(new, &names)?;
+    if volumes.is_empty() {
+        return Err(AddError::NothingLeft);
+    }
+    finish(store, new, VmId::random(), Source::Disks { track }, volumes)
+}
+
+/// Adds a libvirt domain as `guest` found it on the host `uri`.
+pub fn add_domain(store: &Store, new: &NewVm, uri: &str, guest: &Guest) -> Result<VmRecord, AddError> {
+    let no_domain = || AddError::Domain { domain: guest.name.clone(), why: "it has no UUID".into() };
+    let id = VmId::from(guest.uuid.ok_or_else(no_domain)?);
+    if let Some(other) = known_as(store, id)? {
+        let why = format!("the store knows it already, as the VM {other}");
+        return Err(AddError::Domain { domain: guest.name.clone(), why });
+    }
+    let disk = |target: &str, path: &Path, why: String| AddError::Target {
+        target: target.into(),
+        path: path.into(),
+        why,
+    };
+    let excluded = |target: &str| new.exclude.iter().any(|name| name.as_str() == target);
+    // What cannot be backed up is refused here, not found out by the first backup.
+    if let Some(refused) = guest.refused.iter().find(|r| !excluded(&r.target)) {
+        let target = &refused.target;
+        let why = format!("because it {}; leave it out with `--exclude-disk {target}`", refused.reason);
+        return Err(AddError::Domain {
+            domain: guest.name.clone(),
+            why: format!("its disk {target} is refused {why}"),
+        });
+    }
+    let mut volumes = Vec::new();
+    for found in guest.volumes.iter().filter(|v| !excluded(&v.target)) {
+        let Some(live) = found.chain.first() else { continue };
+        nameable(&live.path).map_err(|why| disk(&found.target, &live.path, why))?;
+        volumes.push(Volume {
+            id: VolumeId::random(),
+            name: DiskName::new(&*found.target).map_err(StoreError::from)?,
+            path: live.path.clone(),
+            format: live.format,
+            target: Some(found.target.clone()),
+            serial: found.serial.clone(),
+            block_device: found.block_device,
+            detached: false,
+        });
+    }
+    let others = guest.skipped.iter().chain(&guest.refused).map(|d| d.target.as_str());
+    let names: Vec<&str> = guest.volumes.iter().map(|v| v.target.as_str()).chain(others).collect();
+    check_exclusions(new, &names)?;
+    if volumes.is_empty() {
+        let why = "it has no disk that can be backed up".into();
+        return Err(AddError::Domain { domain: guest.name.clone(), why });
+    }
+    let source = Source::Domain { uri: uri.into(), domain: guest.name.clone() };
+    finish(store, new, id, source, volumes)
+}
+
+/// The name under which the store knows the domain.
+fn known_as(store: &Store, id: VmId) -> Result<Option<VmName>, AddError> {
+    for name in store.vms()? {
+        if store.vm(&name)?.id == id {
+            return Ok(Some(name));
+        }
+    }
+    Ok(None)
+}
+
+/// What both ways end with.
+fn finish(
+    store: &Store,
+    new: &NewVm,
+    id: VmId,
+    source: Source,
+    volumes: Vec<Volume>,
+) -> Result<VmRecord, AddError> {
     let record = VmRecord {
-        id: VmId::random(),
+        id,
         name: new.name.clone(),
-        source: Source::Disks { track },
+        source,
         volumes,
         offering: offering(store, new)?,
         exclude: new.exclude.clone(),
@@ -98,16 +194,10 @@ pub fn add_disks(
 }
 
 /// Each name in `exclude` must be one of the disks: a typing error would back up what should not be.
-fn check_exclusions<'a>(
-    new: &NewVm,
-    disks: impl Iterator<Item = &'a DiskName> + Clone,
-) -> Result<(), AddError> {
-    match new.exclude.iter().find(|name| !disks.clone().any(|d| d == *name)) {
+fn check_exclusions(new: &NewVm, disks: &[&str]) -> Result<(), AddError> {
+    match new.exclude.iter().find(|name| !disks.contains(&name.as_str())) {
         None => Ok(()),
-        Some(name) => Err(AddError::NothingToExclude {
-            name: name.clone(),
-            disks: disks.map(DiskName::as_str).collect::<Vec<_>>().join(", "),
-        }),
+        Some(name) => Err(AddError::NothingToExclude { name: name.clone(), disks: disks.join(", ") }),
     }
 }
 
@@ -182,4 +272,84 @@ fn probe(path: &Path) -> io::Result<ImageFormat> {
     let mut magic = Vec::new();
     File::open(path)?.take(4).read_to_end(&mut magic)?;
     Ok(if magic == *b"QFI\xfb" { ImageFormat::Qcow2 } else { ImageFormat::Raw })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::hypervisor::{GuestVolume, ImageRef, NotTaken, Power};
+    use crate::store::layout_fixtures::store_with_vm;
+
+    fn guest() -> Guest {
+        let volume = |target: &str, path: &str| GuestVolume {
+            target: target.into(),
+            serial: Some(format!("serial of {target}")),
+            chain: vec![
+                ImageRef { path: path.into(), format: ImageFormat::Qcow2 },
+                ImageRef { path: "/images/base.raw".into(), format: ImageFormat::Raw },
+            ],
+            block_device: false,
+            mirror: None,
+        };
+        Guest {
+            uuid: Some(uuid::Uuid::from_u128(7)),
+            name: "debian".into(),
+            power: Power::Running,
+            persistent: true,
+            managed_save: false,
+            volumes: vec![volume("vda", "/images/a.qcow2"), volume("vdb", "/images/b.qcow2")],
+            skipped: vec![NotTaken { target: "sda".into(), reason: "is a cdrom".into() }],
+            refused: vec![],
+            xml: String::new(),
+            nvram: None,
+            tpm_state: None,
+        }
+    }
+
+    fn new(name: &str, exclude: &[&str]) -> NewVm {
+        let exclude = exclude.iter().map(|n| DiskName::new(*n).unwrap()).collect();
+        NewVm { name: VmName::new(name).unwrap(), offering: None, exclude, delta_dir: None }
+    }
+
+    #[test]
+    fn a_domain_is_known_by_its_uuid_and_its_volumes_by_their_targets() {
+        let (_dir, store, _) = store_with_vm();
+        let record = add_domain(&store, &new("db", &["sda"]), "qemu:///system", &guest()).unwrap();
+        assert_eq!(record.id.uuid(), uuid::Uuid::from_u128(7));
+        let volumes: Vec<_> =
+            record.volumes.iter().map(|v| (v.name.as_str(), v.path.to_str().unwrap())).collect();
+        assert_eq!(volumes, [("vda", "/images/a.qcow2"), ("vdb", "/images/b.qcow2")]);
+        assert_eq!(store.vm(&record.name).unwrap(), record);
+        let again = add_domain(&store, &new("db2", &[]), "qemu:///system", &guest()).unwrap_err();
+        assert!(again.to_string().contains("as the VM db"), "{again}");
+    }
+
+    #[test]
+    fn a_disk_that_cannot_be_backed_up_has_to_be_excluded() {
+        let (_dir, store, _) = store_with_vm();
+        let mut guest = guest();
+        guest.refused.push(NotTaken { target: "vdc".into(), reason: "is a network disk".into() });
+        let said = add_domain(&store, &new("db", &[]), "u", &guest).unwrap_err().to_string();
+        assert!(said.contains("vdc") && said.contains("--exclude-disk vdc"), "{said}");
+        let record = add_domain(&store, &new("db", &["vdc", "vdb"]), "u", &guest).unwrap();
+        assert_eq!(record.volumes.len(), 1);
+    }
+
+    #[test]
+    fn a_domain_that_cannot_be_kept_is_refused_and_leaves_nothing() {
+        let (_dir, store, _) = store_with_vm();
+        let mut comma = guest();
+        comma.volumes[0].chain[0].path = "/images/a,b.qcow2".into();
+        let mut hostile = guest();
+        hostile.volumes[0].target = "../x".into();
+        let mut empty = guest();
+        empty.volumes.clear();
+        for (guest, words) in [(comma, "a comma"), (hostile, "disk name"), (empty, "no disk")] {
+            let said = add_domain(&store, &new("db", &[]), "u", &guest).unwrap_err().to_string();
+            assert!(said.contains(words), "{said}");
+        }
+        let said = add_domain(&store, &new("db", &["vdz"]), "u", &self::guest()).unwrap_err().to_string();
+        assert!(said.contains("it has vda, vdb, sda"), "{said}");
+        assert_eq!(store.vms().unwrap().len(), 1);
+    }
 }
