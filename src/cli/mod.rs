@@ -3,6 +3,7 @@
 mod init;
 mod list;
 mod offering;
+mod operation;
 mod output;
 mod progress;
 mod setting;
