@@ -9,6 +9,8 @@ mod progress;
 mod setting;
 mod show;
 mod signals;
+#[cfg(feature = "libvirt")]
+mod thaw_guard;
 mod vm;
 
 use std::path::PathBuf;
@@ -52,6 +54,10 @@ enum Command {
     List(list::Args),
     /// Show all that is known of one backup.
     Show(show::Args),
+    /// Thaw a guest should the knibfs that started this be killed.
+    #[cfg(feature = "libvirt")]
+    #[command(name = crate::hypervisor::thaw_guard::COMMAND, hide = true)]
+    ThawGuard(thaw_guard::Args),
 }
 
 /// How a command ends when it does not succeed.
@@ -115,6 +121,8 @@ fn dispatch(context: &Context, command: Command) -> Outcome {
         Command::Vm(command) => vm::run(context, command),
         Command::List(args) => list::run(context, &args),
         Command::Show(args) => show::run(context, &args),
+        #[cfg(feature = "libvirt")]
+        Command::ThawGuard(args) => thaw_guard::run(&args),
     }
 }
 

@@ -14,7 +14,7 @@ pub trait Images: Send + Sync {
     fn check_unused(&self, image: &ImageRef) -> Result<()>;
 
     /// Makes an empty qcow2 image that stands on `backing` and is as large, durable when it returns. `backing.path` is
-    /// written into its header as it is given. Fails where `path` exists.
+    /// written into its header as it is given; a relative one starts at the folder of `path`. Fails where `path` exists.
     ///
     /// # Errors
     /// The file cannot be made, or `backing` cannot be read.
@@ -33,7 +33,7 @@ pub trait Images: Send + Sync {
         control: &JobControl<'_>,
     ) -> Result<()>;
 
-    /// Makes the header of the qcow2 image `path` name `backing`, which shows the same data as what it stood on.
+    /// Makes the header of the qcow2 image `path` name `backing` (relative as above), which shows the same data as what it stood on.
     ///
     /// # Errors
     /// The header cannot be written; the image stands on what it stood on.

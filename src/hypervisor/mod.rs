@@ -2,13 +2,24 @@
 //!
 //! Knows domains, disks and images on primary. Knows no store, no backup and no rule about what may be merged: `ops`
 //! asks for a step, and gets it done whole or an error that says what is left. Two implementations:
-//! one for a libvirt domain (running, paused or off) and one for image files that no domain owns.
+//! [`LibvirtDomain`] for a domain (running, paused or off) and [`DiskFiles`] for image files that no domain owns.
 //!
 //! Nothing here deletes an image that held data: after a commit the merged file lies there until `ops` has made sure,
 //! with [`Hypervisor::users_of`], that nothing names it.
 
+#[cfg(feature = "libvirt")]
+mod agent;
+#[cfg(feature = "libvirt")]
+mod block_job;
 mod error;
+mod header;
 mod images;
+mod layers;
+#[cfg(feature = "libvirt")]
+mod libvirt;
+mod offline;
+pub mod thaw_guard;
+pub mod xml;
 
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
@@ -18,7 +29,11 @@ use uuid::Uuid;
 
 pub use crate::store::manifest::ImageFormat;
 pub use error::{HypervisorError, Result};
+pub use header::backing_chain;
 pub use images::Images;
+#[cfg(feature = "libvirt")]
+pub use libvirt::LibvirtDomain;
+pub use offline::DiskFiles;
 
 /// What can be done with one VM. All calls are safe from any thread; `ops` holds the VM's lock around those that change.
 pub trait Hypervisor: Send + Sync {
@@ -34,7 +49,7 @@ pub trait Hypervisor: Send + Sync {
     /// done. Afterwards the live and the persistent definition name what is on disk.
     ///
     /// What [`NewOverlay::path`] names differs: for a domain it is the new overlay, which becomes the live image. For
-    /// plain disk files the given path stays the live one, so it is the new name of the old image.
+    /// [`DiskFiles`] the given path stays the live one, so it is the new name of the old image.
     ///
     /// # Errors
     /// Nothing was changed: the VM runs on as before, thawed, and no file was left. The exceptions are
@@ -48,7 +63,7 @@ pub trait Hypervisor: Send + Sync {
     /// `top` stands on `base` afterwards. Both definitions name what is on disk then. Nothing is unlinked. A job that an
     /// earlier call, killed since, left running is taken over. Returns the chain afterwards, top first.
     ///
-    /// For plain disk files with `top` as the live image, `base` takes the given path and its own name is gone.
+    /// For [`DiskFiles`] with `top` as the live image, `base` takes the given path and its own name is gone.
     ///
     /// # Errors
     /// [`HypervisorError::NotInChain`] when `top` and `base` are not both in the chain in this order;
@@ -64,7 +79,7 @@ pub trait Hypervisor: Send + Sync {
 
     /// Who on this host names `path` or has it in a backing chain: definitions live and persistent, libvirt's snapshots,
     /// of all domains, this one included. Empty: nothing does. A path is also found under another name (hard link,
-    /// symbolic link). plain disk files knows of no domain and looks at its own chains only.
+    /// symbolic link). [`DiskFiles`] knows of no domain and looks at its own chains only.
     ///
     /// # Errors
     /// A definition or header that cannot be read, so that the answer is not known.

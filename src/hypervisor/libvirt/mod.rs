@@ -1,0 +1,195 @@
+//! A libvirt domain, running, paused or off.
+//!
+//! Every call opens its own connection, so a libvirt that was restarted in between is no trouble, and calls from several
+//! threads do not wait for each other.
+
+mod commit;
+mod inspect;
+mod persistent;
+mod snapshot;
+mod users;
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use uuid::Uuid;
+use virt::connect::Connect;
+use virt::domain::Domain;
+use virt::error::{Error, ErrorNumber};
+
+use super::agent::Agent;
+use super::{
+    Guest, Hypervisor, HypervisorError, ImageRef, ImageUser, Images, JobControl, NewOverlay, Quiesce, Result,
+    Snapshot,
+};
+
+/// How long a thaw is tried after knibfs died.
+const CRASH_THAW: Duration = Duration::from_secs(300);
+
+/// A domain of a host's libvirt.
+#[derive(Clone)]
+pub struct LibvirtDomain {
+    uri: String,
+    uuid: Uuid,
+    images: Arc<dyn Images>,
+    /// This program, for the helper that thaws.
+    program: Option<PathBuf>,
+}
+
+impl LibvirtDomain {
+    /// Finds a domain by its name or UUID at a libvirt URI (`qemu:///system`). `images` is the engine that works on its
+    /// images while it is off.
+    ///
+    /// # Errors
+    /// [`HypervisorError::Unreachable`], [`HypervisorError::NoSuchDomain`].
+    pub fn open(uri: &str, domain: &str, images: Arc<dyn Images>) -> Result<Self> {
+        let session = Session::open(uri, domain)?;
+        Ok(Self { uri: uri.to_owned(), uuid: session.uuid, images, program: None })
+    }
+
+    /// Names the knibfs program, for the helper that thaws; without it, the running program is it.
+    #[must_use]
+    pub fn with_program(mut self, program: impl Into<PathBuf>) -> Self {
+        self.program = Some(program.into());
+        self
+    }
+
+    /// The libvirt URI.
+    pub fn uri(&self) -> &str {
+        &self.uri
+    }
+
+    /// The domain's UUID.
+    pub fn uuid(&self) -> Uuid {
+        self.uuid
+    }
+
+    fn session(&self) -> Result<Session> {
+        Session::open(&self.uri, &self.uuid.to_string())
+    }
+}
+
+impl std::fmt::Debug for LibvirtDomain {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("LibvirtDomain")
+            .field("uri", &self.uri)
+            .field("uuid", &self.uuid)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Hypervisor for LibvirtDomain {
+    fn inspect(&self) -> Result<Guest> {
+        inspect::inspect(&self.session()?)
+    }
+
+    fn snapshot(&self, overlays: &[NewOverlay], quiesce: Quiesce) -> Result<Snapshot> {
+        snapshot::snapshot(self, &self.session()?, overlays, quiesce)
+    }
+
+    fn commit(
+        &self,
+        target: &str,
+        top: &Path,
+        base: &Path,
+        control: &JobControl<'_>,
+    ) -> Result<Vec<ImageRef>> {
+        commit::commit(self, &self.session()?, target, top, base, control)
+    }
+
+    fn users_of(&self, path: &Path) -> Result<Vec<ImageUser>> {
+        users::users_of(&self.session()?, path)
+    }
+
+    fn agent_ping(&self, limit: Duration) -> Result<()> {
+        let session = self.session()?;
+        let guest = inspect::inspect(&session)?;
+        snapshot::agent_can_answer(&guest)?;
+        session.agent().ping(limit)
+    }
+}
+
+/// A connection and the domain on it.
+struct Session {
+    uri: String,
+    connect: Connect,
+    domain: Domain,
+    uuid: Uuid,
+    name: String,
+}
+
+impl Session {
+    /// By UUID where `key` is one that is known, else by name.
+    fn open(uri: &str, key: &str) -> Result<Self> {
+        // libvirt's library prints every error; here they are returned.
+        virt::error::clear_error_callback();
+        let unreachable = |e: Error| HypervisorError::Unreachable {
+            uri: uri.to_owned(),
+            why: e.message().to_owned(),
+            changing: false,
+        };
+        let connect = Connect::open(Some(uri)).map_err(unreachable)?;
+        let by_uuid = Uuid::parse_str(key).ok().map(|uuid| connect.lookup_domain_by_uuid(uuid));
+        let found = match by_uuid {
+            Some(Ok(domain)) => Ok(domain),
+            _ => connect.lookup_domain_by_name(key),
+        };
+        let domain = found.map_err(|e| {
+            if e.code().is(ErrorNumber::NoDomain) {
+                HypervisorError::NoSuchDomain { uri: uri.to_owned(), domain: key.to_owned() }
+            } else {
+                unreachable(e)
+            }
+        })?;
+        let name = domain.name().map_err(unreachable)?;
+        let uuid = domain.uuid().map_err(unreachable)?;
+        Ok(Self { uri: uri.to_owned(), connect, domain, uuid, name })
+    }
+
+    fn agent(&self) -> Agent<'_> {
+        Agent { domain: &self.domain, name: &self.name }
+    }
+
+    /// libvirt refused something; `doing` follows "cannot" and precedes "of domain".
+    fn refused(&self, doing: &str) -> impl Fn(Error) -> HypervisorError {
+        let (uri, domain, doing) = (self.uri.clone(), self.name.clone(), doing.to_owned());
+        move |e| {
+            if e.code().is_any(vec![ErrorNumber::Rpc, ErrorNumber::NoConnect, ErrorNumber::InvalidConn]) {
+                return HypervisorError::Unreachable {
+                    uri: uri.clone(),
+                    why: e.message().into(),
+                    changing: false,
+                };
+            }
+            let why = e.message().to_owned();
+            HypervisorError::Libvirt { doing: doing.clone(), domain: domain.clone(), why }
+        }
+    }
+}
+
+/// Whether the domain can be reached.
+pub(super) fn reach(uri: &str, domain: &str) -> Result<()> {
+    Session::open(uri, domain).map(drop)
+}
+
+/// Thaws the domain, however long libvirt needs to come back.
+pub(super) fn thaw_after_crash(uri: &str, domain: &str) -> Result<()> {
+    let end = std::time::Instant::now() + CRASH_THAW;
+    loop {
+        let tried = Session::open(uri, domain).and_then(|session| {
+            session.agent().thaw(Duration::from_secs(20)).map_err(|why| HypervisorError::Freeze {
+                domain: session.name.clone(),
+                why,
+                thawed: false,
+            })
+        });
+        match tried {
+            Ok(_) => return Ok(()),
+            // A domain that is gone is not frozen.
+            Err(HypervisorError::NoSuchDomain { .. }) => return Ok(()),
+            Err(e) if std::time::Instant::now() >= end => return Err(e),
+            Err(_) => std::thread::sleep(Duration::from_secs(1)),
+        }
+    }
+}
