@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
-use common::guest::{Disk, Guest, URI};
+use common::guest::{Disk, Guest, uri};
 use common::qemu_images::{QemuImages, has_pattern, qemu_img, qemu_io};
 use common::stall;
 use knibfs::hypervisor::xml;
@@ -78,7 +78,7 @@ fn a_guest_is_seen_as_it_is() {
         assert_eq!(vdb.chain, [image(guest.path("vdb.raw"), ImageFormat::Raw)]);
         assert!(vdc.block_device && !vdb.block_device);
         assert_eq!(seen.skipped.len(), 1, "the cdrom: {:?}", seen.skipped);
-        assert!(seen.xml.contains("<domain type='qemu'>"), "the definition of the next run");
+        assert!(seen.xml.starts_with("<domain type="), "the definition of the next run");
     }
 }
 
@@ -275,10 +275,11 @@ fn a_merge_can_be_stopped_and_taken_up_again() {
     assert_eq!(chain(&vm, "vda"), [d1.clone(), base.clone()]);
 
     // As after a crash of knibfs: libvirt's job runs on by itself, and is taken over.
-    let virsh = ["-c", URI, "blockcommit", guest.name(), "vda", "--active", "--base", base.to_str().unwrap()];
+    let virsh =
+        ["-c", uri(), "blockcommit", guest.name(), "vda", "--active", "--base", base.to_str().unwrap()];
     assert!(std::process::Command::new("virsh").args(virsh).status().unwrap().success());
     vm.commit("vda", &d1, &base, &CONTROL).unwrap();
-    assert_eq!(chain(&vm, "vda"), [base.clone()]);
+    assert_eq!(chain(&vm, "vda"), std::slice::from_ref(&base));
     assert!(has_pattern(&base, "qcow2", 5, "0", "32M"));
 }
 
@@ -311,7 +312,7 @@ fn what_is_wrong_is_said_with_the_way_out() {
         LibvirtDomain::open("qemu+unix:///system?socket=/nowhere/sock", "x", images.clone()).unwrap_err();
     assert!(matches!(error, HypervisorError::Unreachable { .. }), "{error}");
     assert!(error.to_string().contains("systemctl start libvirtd"), "{error}");
-    let error = LibvirtDomain::open(URI, "no-such-domain", images).unwrap_err();
+    let error = LibvirtDomain::open(uri(), "no-such-domain", images).unwrap_err();
     assert!(error.to_string().contains("no domain \"no-such-domain\""), "{error}");
 }
 
@@ -369,7 +370,7 @@ fn a_guest_is_thawed_when_the_program_that_froze_it_is_killed() {
     // The helper, as knibfs starts it, and then the end of the pipe without a word.
     let guard = knibfs::hypervisor::thaw_guard::ThawGuard::start(
         Path::new(env!("CARGO_BIN_EXE_knibfs")),
-        URI,
+        uri(),
         &guest.uuid().to_string(),
         Duration::from_secs(600),
     )
@@ -382,7 +383,7 @@ fn a_guest_is_thawed_when_the_program_that_froze_it_is_killed() {
     // And its own limit, with the pipe still open.
     let guard = knibfs::hypervisor::thaw_guard::ThawGuard::start(
         Path::new(env!("CARGO_BIN_EXE_knibfs")),
-        URI,
+        uri(),
         &guest.uuid().to_string(),
         Duration::from_secs(1),
     )

@@ -10,8 +10,8 @@
 //! A guest without [`Builder::with_system`] runs QEMU with nothing to boot: enough for snapshots and block jobs.
 
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use knibfs::hypervisor::{Images, LibvirtDomain};
@@ -20,11 +20,22 @@ use virt::connect::Connect;
 use virt::domain::Domain;
 use virt::sys;
 
-use super::guest_files::GuestSystem;
+use super::guest_files::{GuestSystem, script};
 use super::qemu_images::{QemuImages, qemu_img};
 
-/// The host that tests run guests on.
-pub const URI: &str = "qemu:///system";
+/// The host that tests run guests on: `KNIBFS_TEST_URI`, else the libvirt of our own that `scripts/libvirt-start` starts.
+pub fn uri() -> &'static str {
+    static URI: OnceLock<String> = OnceLock::new();
+    URI.get_or_init(|| match std::env::var("KNIBFS_TEST_URI") {
+        Ok(uri) => uri,
+        Err(_) => script("libvirt-start", &["URI"]).remove(0),
+    })
+}
+
+/// `kvm` where `KNIBFS_ACCEL` says that guests come up with it: a `/dev/kvm` alone is no proof.
+fn domain_type() -> &'static str {
+    if std::env::var("KNIBFS_ACCEL").is_ok_and(|a| a == "kvm") { "kvm" } else { "qemu" }
+}
 /// A guest without hardware acceleration on a busy machine is slow; one that is not ready by then never will be.
 const BOOT: Duration = Duration::from_secs(180);
 
@@ -113,18 +124,19 @@ impl Builder {
         });
         let console = self.dir.path().join("console.log");
         let xml = format!(
-            "<domain type='qemu'><name>{}</name><memory unit='MiB'>{}</memory><vcpu>1</vcpu>\
+            "<domain type='{}'><name>{}</name><memory unit='MiB'>{}</memory><vcpu>1</vcpu>\
              <os><type arch='x86_64' machine='q35'>hvm</type>{boot}</os><features><acpi/></features>\
              <cpu mode='maximum'/><on_crash>destroy</on_crash>\
              <devices>{disks}{agent}{}<serial type='file'><source path='{}'/></serial>\
              <memballoon model='none'/></devices></domain>",
+            domain_type(),
             self.name,
             self.memory_mib,
             self.devices,
             console.display()
         );
-        let connect = Connect::open(Some(URI)).unwrap_or_else(|e| {
-            panic!("cannot reach libvirt at {URI}: {}; start it with scripts/libvirt-start", e.message())
+        let connect = Connect::open(Some(uri())).unwrap_or_else(|e| {
+            panic!("cannot reach libvirt at {}: {}; start it with scripts/libvirt-start", uri(), e.message())
         });
         let domain = connect.define_domain_xml(&xml).unwrap_or_else(|e| panic!("{}: {xml}", e.message()));
         Guest { name: self.name, dir: self.dir, loops, connect, domain }
@@ -232,7 +244,7 @@ impl Guest {
     }
 
     pub fn hypervisor_with(&self, images: Arc<dyn Images>) -> LibvirtDomain {
-        LibvirtDomain::open(URI, &self.name, images).unwrap().with_program(env!("CARGO_BIN_EXE_knibfs"))
+        LibvirtDomain::open(uri(), &self.name, images).unwrap().with_program(env!("CARGO_BIN_EXE_knibfs"))
     }
 
     pub fn start(&self) {
