@@ -363,6 +363,22 @@ fn a_frozen_snapshot_holds_a_clean_file_system_and_the_guest_goes_on() {
 }
 
 #[test]
+fn a_guest_that_refuses_to_freeze_is_thawed_and_not_snapshot() {
+    let guest = Guest::new("refuses").disk("vda", Disk::qcow2("64M")).with_system().start();
+    guest.wait_for_agent();
+    guest.mkfs("vda");
+    // The agent refuses a second freeze.
+    guest.agent(serde_json::json!({"execute": "guest-fsfreeze-freeze"})).unwrap();
+    let vm = guest.hypervisor();
+    let required = Quiesce::Required { limit: LIMIT };
+    let error = vm.snapshot(&[overlay("vda", guest.path("d1"))], required).unwrap_err();
+    assert!(matches!(error, HypervisorError::Freeze { thawed: true, .. }), "{error}");
+    assert!(!guest.is_frozen());
+    assert_eq!(chain(&vm, "vda"), [guest.path("vda.qcow2")]);
+    assert!(!guest.path("d1").exists());
+}
+
+#[test]
 fn a_guest_is_thawed_when_the_program_that_froze_it_is_killed() {
     let guest = Guest::new("killed").disk("vda", Disk::qcow2("64M")).with_system().start();
     guest.wait_for_agent();
