@@ -23,11 +23,16 @@ debian_mirror() {
 # The name of the cache folder for a recipe: what was built by another version of the script is not taken for it.
 recipe_key() { cat "$@" | sha256sum | cut -c1-12; }
 
+kernel_package() { apt-cache depends linux-image-cloud-amd64 2>/dev/null | sed -nE 's/^ *Depends: (linux-image.*)/\1/p' | head -n1; }
 # Downloads the cloud kernel's package into $1 and prints its path. The meta package names the current version.
 download_kernel() {
     local dir=$1 package
-    package=$(apt-cache depends linux-image-cloud-amd64 | awk '/Depends:/ {print $2; exit}')
-    [ -n "$package" ] || die "apt knows no linux-image-cloud-amd64: run apt-get update"
+    package=$(kernel_package)
+    if [ -z "$package" ] && [ "$(id -u)" = 0 ]; then # images of containers come without apt's lists
+        apt-get -q update >&2
+        package=$(kernel_package)
+    fi
+    [ -n "$package" ] || die "apt knows no linux-image-cloud-amd64: run apt-get update as root"
     (cd "$dir" && apt-get -q -o APT::Sandbox::User=root download "$package" >&2)
     printf '%s\n' "$dir/$package"_*.deb
 }
