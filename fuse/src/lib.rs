@@ -1,1 +1,33 @@
 //! A read-only tree of immutable files, a read engine with a bounded cache, and the adapter that serves both over FUSE.
+//!
+//! Knows nodes and bytes. Knows nothing of qcow2 or of how a store is laid out: a [`Tree`] says what is there, a
+//! [`BlockSource`] where a file's bytes come from.
+//!
+//! ```text
+//! kernel → adapter → Tree → File          (stored files: read as they lie)
+//!                          └ BlockFile → BlockSource   (zeros, direct reads)
+//!                                      └ BlockCache → BlockSource::read_block (decoded blocks, one decoding at a time)
+//! ```
+
+#![forbid(unsafe_code)]
+
+mod adapter;
+mod ahead;
+mod block_file;
+mod cache;
+mod error;
+mod handles;
+mod mount;
+mod mountinfo;
+mod source;
+mod tree;
+
+pub use ahead::ReadAhead;
+pub use block_file::BlockFile;
+pub use cache::{BlockCache, CacheStats};
+pub use error::{FsError, FsResult, Problem};
+pub use handles::{Holder, OpenFiles};
+pub use mount::{MountConfig, MountError, Server, Stopper, unmount};
+pub use mountinfo::{MountEntry, mount_at, mounts};
+pub use source::{BlockKey, BlockSource, Span, SpanKind};
+pub use tree::{Attr, DirEntry, File, Ino, NodeKind, Statfs, Tree};

@@ -1,0 +1,131 @@
+//! The read engine: a file over a block source and the shared cache.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+
+use crate::{BlockCache, BlockSource, File, FsError, FsResult, Problem, ReadAhead, Span, SpanKind};
+
+/// A file over a [`BlockSource`]: zeros and stored bytes go straight into the reader's buffer, decoded blocks through
+/// the cache.
+pub struct BlockFile {
+    source: Arc<dyn BlockSource>,
+    cache: Arc<BlockCache>,
+    ahead: Arc<ReadAhead>,
+    /// Where a sequential reader would go on.
+    expected: AtomicU64,
+    /// Reads in a row that went on there.
+    streak: AtomicU32,
+    /// Up to where decoding was asked for.
+    asked: AtomicU64,
+}
+
+/// Parallel readahead of the kernel arrives a little out of order. Bytes.
+const NEAR: u64 = 2 << 20;
+/// Reads in a row that make a reader sequential.
+const SEQUENTIAL: u32 = 3;
+/// How far ahead is decoded, at most. Bytes.
+const WINDOW: u64 = 4 << 20;
+
+impl BlockFile {
+    /// A file; `cache` and `ahead` are shared by all.
+    pub fn new(source: Arc<dyn BlockSource>, cache: Arc<BlockCache>, ahead: Arc<ReadAhead>) -> Self {
+        Self {
+            source,
+            cache,
+            ahead,
+            expected: AtomicU64::new(0),
+            streak: AtomicU32::new(0),
+            asked: AtomicU64::new(0),
+        }
+    }
+
+    fn fill(&self, at: u64, span: &Span, buf: &mut [u8]) -> FsResult<()> {
+        match span.kind {
+            SpanKind::Zero => {
+                buf.fill(0);
+                Ok(())
+            }
+            SpanKind::Direct => self.source.read_direct(at, buf),
+            SpanKind::Block(key) => {
+                let len = usize::try_from(span.len).map_err(|_| bad_span(at))?;
+                let block = self.cache.get(key, len, |out| self.source.read_block(span.start, key, out))?;
+                let from = usize::try_from(at - span.start).map_err(|_| bad_span(at))?;
+                let bytes = block.get(from..from.saturating_add(buf.len())).ok_or_else(|| bad_span(at))?;
+                buf.copy_from_slice(bytes);
+                Ok(())
+            }
+        }
+    }
+
+    /// Sees whether reads come one after the other, and has the next blocks decoded if they do.
+    fn look_ahead(&self, offset: u64, len: usize) {
+        let end = offset.saturating_add(len as u64);
+        let expected = self.expected.load(Ordering::Relaxed);
+        let near = offset.saturating_add(NEAR) >= expected && offset <= expected.saturating_add(NEAR);
+        if !near {
+            self.expected.store(end, Ordering::Relaxed);
+            self.asked.store(end, Ordering::Relaxed);
+            self.streak.store(0, Ordering::Relaxed);
+            return;
+        }
+        self.expected.fetch_max(end, Ordering::Relaxed);
+        // Small reads all over a small file are near too: only those that go on count.
+        if offset < expected && end <= expected {
+            return;
+        }
+        let streak = self.streak.fetch_add(1, Ordering::Relaxed);
+        if streak < SEQUENTIAL || !self.ahead.has_room() {
+            return;
+        }
+        let window = WINDOW.min(self.cache.stats_limit() / 8);
+        let to = end.saturating_add(window).min(self.source.len());
+        let from = self.asked.load(Ordering::Relaxed).max(end);
+        // Half a window at a time: asking for every block would cost a lock each.
+        if to.saturating_sub(from) >= window / 2 || to == self.source.len() {
+            let taken = self.ahead.ask(&self.source, &self.cache, from, to);
+            self.asked.fetch_max(taken, Ordering::Relaxed);
+        }
+    }
+}
+
+impl File for BlockFile {
+    fn len(&self) -> u64 {
+        self.source.len()
+    }
+
+    fn read(&self, offset: u64, buf: &mut [u8]) -> FsResult<()> {
+        let end = offset.checked_add(buf.len() as u64).filter(|end| *end <= self.source.len());
+        if end.is_none() {
+            return Err(FsError::new(Problem::Invalid, "a read past the end"));
+        }
+        let _reader = self.ahead.reader();
+        self.look_ahead(offset, buf.len());
+        let mut at = offset;
+        let mut rest = buf;
+        while !rest.is_empty() {
+            let span = self.source.span(at)?;
+            let left = span.end().saturating_sub(at);
+            if span.start > at || left == 0 {
+                return Err(bad_span(at));
+            }
+            let now = usize::try_from(left).unwrap_or(usize::MAX).min(rest.len());
+            let (part, later) = rest.split_at_mut(now);
+            self.fill(at, &span, part)?;
+            at += now as u64;
+            rest = later;
+        }
+        Ok(())
+    }
+
+    fn next_data(&self, offset: u64) -> FsResult<Option<u64>> {
+        self.source.next_data(offset)
+    }
+
+    fn next_hole(&self, offset: u64) -> FsResult<u64> {
+        self.source.next_hole(offset)
+    }
+}
+
+fn bad_span(at: u64) -> FsError {
+    FsError::new(Problem::Bug, format!("the map of the file makes no sense at byte {at}"))
+}

@@ -1,0 +1,210 @@
+//! Decoded blocks, bounded in bytes, each decoded by one thread at a time.
+
+use std::collections::hash_map::Entry;
+use std::collections::{HashMap, VecDeque};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+use parking_lot::{Condvar, Mutex};
+
+use crate::{BlockKey, FsError, FsResult, Problem};
+
+/// Decoded blocks of all files. Bounded in bytes; shared by all handles.
+///
+/// Sharded by key. A shard's lock guards a table, never a read or a decoding: who finds nothing leaves a note that the
+/// block is being decoded, and who finds such a note waits for that one.
+#[derive(Debug)]
+pub struct BlockCache {
+    shards: Box<[Mutex<Shard>]>,
+    shard_limit: usize,
+    hits: AtomicU64,
+    misses: AtomicU64,
+}
+
+/// What a cache did so far.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct CacheStats {
+    /// Bytes of blocks held now.
+    pub bytes: usize,
+    /// Most bytes that it will hold.
+    pub limit: usize,
+    /// Blocks found, or found being decoded.
+    pub hits: u64,
+    /// Blocks decoded.
+    pub misses: u64,
+}
+
+#[derive(Debug, Default)]
+struct Shard {
+    slots: HashMap<BlockKey, Slot>,
+    /// Blocks in the order in which they came; one that was used gets a second round.
+    queue: VecDeque<BlockKey>,
+    bytes: usize,
+}
+
+#[derive(Debug)]
+enum Slot {
+    Ready { block: Arc<[u8]>, used: AtomicBool },
+    Decoding(Arc<Flight>),
+}
+
+/// A block being decoded.
+#[derive(Debug, Default)]
+struct Flight {
+    landed: Mutex<Option<FsResult<Arc<[u8]>>>>,
+    bell: Condvar,
+}
+
+/// Least size of a shard: a few of the largest clusters. Bytes.
+const SHARD: usize = 8 << 20;
+const MOST_SHARDS: usize = 16;
+
+impl BlockCache {
+    /// A cache of at most `limit` bytes.
+    pub fn new(limit: usize) -> Arc<Self> {
+        let count = (limit / SHARD).clamp(1, MOST_SHARDS);
+        Arc::new(Self {
+            shards: (0..count).map(|_| Mutex::default()).collect(),
+            shard_limit: limit / count,
+            hits: AtomicU64::new(0),
+            misses: AtomicU64::new(0),
+        })
+    }
+
+    /// What it did so far.
+    pub fn stats(&self) -> CacheStats {
+        CacheStats {
+            bytes: self.shards.iter().map(|s| s.lock().bytes).sum(),
+            limit: self.shard_limit * self.shards.len(),
+            hits: self.hits.load(Ordering::Relaxed),
+            misses: self.misses.load(Ordering::Relaxed),
+        }
+    }
+
+    pub(crate) fn stats_limit(&self) -> u64 {
+        (self.shard_limit * self.shards.len()) as u64
+    }
+
+    /// Whether the block is held or being decoded.
+    pub fn holds(&self, key: BlockKey) -> bool {
+        self.shard(key).lock().slots.contains_key(&key)
+    }
+
+    /// The block; decoded with `decode` into a buffer of `len` bytes when it is not held. Errors are not kept: the
+    /// next reader tries again.
+    pub fn get(
+        &self,
+        key: BlockKey,
+        len: usize,
+        decode: impl FnOnce(&mut [u8]) -> FsResult<()>,
+    ) -> FsResult<Arc<[u8]>> {
+        let flight = {
+            let mut shard = self.shard(key).lock();
+            match shard.slots.entry(key) {
+                Entry::Occupied(found) => match found.get() {
+                    Slot::Ready { block, used } => {
+                        used.store(true, Ordering::Relaxed);
+                        self.hits.fetch_add(1, Ordering::Relaxed);
+                        return Ok(block.clone());
+                    }
+                    Slot::Decoding(flight) => {
+                        let flight = flight.clone();
+                        drop(shard);
+                        self.hits.fetch_add(1, Ordering::Relaxed);
+                        return flight.wait();
+                    }
+                },
+                Entry::Vacant(free) => {
+                    let flight = Arc::new(Flight::default());
+                    free.insert(Slot::Decoding(flight.clone()));
+                    flight
+                }
+            }
+        };
+        self.misses.fetch_add(1, Ordering::Relaxed);
+        // Whatever happens, a panic too, those who wait hear of it.
+        let mut landing = Landing { cache: self, key, flight, result: None };
+        let mut block: Arc<[u8]> = std::iter::repeat_n(0, len).collect();
+        let decoded = match Arc::get_mut(&mut block) {
+            Some(out) => decode(out),
+            None => Err(FsError::new(Problem::Bug, "a new block is shared")),
+        };
+        let result = decoded.map(|()| block);
+        landing.result = Some(result.clone());
+        drop(landing);
+        result
+    }
+
+    fn shard(&self, key: BlockKey) -> &Mutex<Shard> {
+        // Blocks of one image are neighbours: spread them, and images too.
+        let mixed = (key.block ^ key.image.rotate_left(32)).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+        &self.shards[(mixed >> 32) as usize % self.shards.len()]
+    }
+
+    fn land(&self, key: BlockKey, block: Option<&Arc<[u8]>>) {
+        let mut shard = self.shard(key).lock();
+        match block {
+            Some(block) if block.len() <= self.shard_limit => {
+                shard.make_room(self.shard_limit - block.len());
+                shard.bytes += block.len();
+                shard.queue.push_back(key);
+                let slot = Slot::Ready { block: block.clone(), used: AtomicBool::new(false) };
+                shard.slots.insert(key, slot);
+            }
+            _ => {
+                shard.slots.remove(&key);
+            }
+        }
+    }
+}
+
+impl Shard {
+    /// Drops blocks until at most `limit` bytes are held: the oldest that was not used since it came or was last spared.
+    fn make_room(&mut self, limit: usize) {
+        while self.bytes > limit {
+            let Some(key) = self.queue.pop_front() else { return };
+            match self.slots.get(&key) {
+                Some(Slot::Ready { used, .. }) if used.swap(false, Ordering::Relaxed) => {
+                    self.queue.push_back(key);
+                }
+                Some(Slot::Ready { block, .. }) => {
+                    self.bytes -= block.len();
+                    self.slots.remove(&key);
+                }
+                _ => {}
+            }
+        }
+    }
+}
+
+impl Flight {
+    fn wait(&self) -> FsResult<Arc<[u8]>> {
+        let mut landed = self.landed.lock();
+        loop {
+            if let Some(result) = landed.as_ref() {
+                return result.clone();
+            }
+            self.bell.wait(&mut landed);
+        }
+    }
+}
+
+/// Ends a flight when dropped.
+struct Landing<'a> {
+    cache: &'a BlockCache,
+    key: BlockKey,
+    flight: Arc<Flight>,
+    result: Option<FsResult<Arc<[u8]>>>,
+}
+
+impl Drop for Landing<'_> {
+    fn drop(&mut self) {
+        let result = self
+            .result
+            .take()
+            .unwrap_or_else(|| Err(FsError::new(Problem::Bug, "a thread panicked while it decoded a block")));
+        self.cache.land(self.key, result.as_ref().ok());
+        *self.flight.landed.lock() = Some(result);
+        self.flight.bell.notify_all();
+    }
+}
