@@ -45,8 +45,9 @@ accel() {
     if [ -n "${KNIBFS_ACCEL:-}" ]; then printf '%s\n' "$KNIBFS_ACCEL"; return; fi
     if [ -r "$known" ]; then cat "$known"; return; fi
     if [ -w /dev/kvm ]; then
-        local KERNEL INITRD
-        eval "$("$repo/scripts/guest-small")"
+        local KERNEL INITRD values
+        values=$("$repo/scripts/guest-small") # not inside eval, which would hide a failure
+        eval "$values"
         # The guest says this word on its console once it is up; panic=-1 ends QEMU when its kernel dies.
         if timeout 30 qemu-system-x86_64 -accel kvm -cpu host -m 256 -nodefaults -no-reboot -display none -serial stdio \
             -kernel "$KERNEL" -initrd "$INITRD" -append 'console=ttyS0 panic=-1 knibfs.poweroff' </dev/null 2>/dev/null |
