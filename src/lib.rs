@@ -7,5 +7,6 @@ pub mod chain;
 pub mod cli;
 pub mod failpoint;
 pub mod hypervisor;
+pub mod mount;
 pub mod ops;
 pub mod store;

@@ -39,6 +39,7 @@ struct Shard {
     slots: HashMap<BlockKey, Slot>,
     /// Blocks in the order in which they came; one that was used gets a second round.
     queue: VecDeque<BlockKey>,
+    /// Of blocks held and of those being decoded.
     bytes: usize,
 }
 
@@ -90,7 +91,7 @@ impl BlockCache {
         self.shard(key).lock().slots.contains_key(&key)
     }
 
-    /// The block; decoded with `decode` into a buffer of `len` bytes when it is not held. Errors are not kept: the
+    /// The block; decoded with `decode`, which fills all of a buffer of `len` bytes, when it is not held. Errors are not kept: the
     /// next reader tries again.
     pub fn get(
         &self,
@@ -98,7 +99,7 @@ impl BlockCache {
         len: usize,
         decode: impl FnOnce(&mut [u8]) -> FsResult<()>,
     ) -> FsResult<Arc<[u8]>> {
-        let flight = {
+        let (flight, room, old) = {
             let mut shard = self.shard(key).lock();
             match shard.slots.entry(key) {
                 Entry::Occupied(found) => match found.get() {
@@ -117,14 +118,15 @@ impl BlockCache {
                 Entry::Vacant(free) => {
                     let flight = Arc::new(Flight::default());
                     free.insert(Slot::Decoding(flight.clone()));
-                    flight
+                    let (room, old) = shard.reserve(len, self.shard_limit);
+                    (flight, room, old)
                 }
             }
         };
         self.misses.fetch_add(1, Ordering::Relaxed);
         // Whatever happens, a panic too, those who wait hear of it.
-        let mut landing = Landing { cache: self, key, flight, result: None };
-        let mut block: Arc<[u8]> = std::iter::repeat_n(0, len).collect();
+        let mut landing = Landing { cache: self, key, room, flight, result: None };
+        let mut block: Arc<[u8]> = old.unwrap_or_else(|| std::iter::repeat_n(0, len).collect());
         let decoded = match Arc::get_mut(&mut block) {
             Some(out) => decode(out),
             None => Err(FsError::new(Problem::Bug, "a new block is shared")),
@@ -141,39 +143,48 @@ impl BlockCache {
         &self.shards[(mixed >> 32) as usize % self.shards.len()]
     }
 
-    fn land(&self, key: BlockKey, block: Option<&Arc<[u8]>>) {
+    fn land(&self, key: BlockKey, room: Option<usize>, block: Option<&Arc<[u8]>>) {
         let mut shard = self.shard(key).lock();
-        match block {
-            Some(block) if block.len() <= self.shard_limit => {
-                shard.make_room(self.shard_limit - block.len());
-                shard.bytes += block.len();
+        match (block, room) {
+            (Some(block), Some(_)) => {
                 shard.queue.push_back(key);
                 let slot = Slot::Ready { block: block.clone(), used: AtomicBool::new(false) };
                 shard.slots.insert(key, slot);
             }
-            _ => {
+            (_, room) => {
                 shard.slots.remove(&key);
+                shard.bytes -= room.unwrap_or(0);
             }
         }
     }
 }
 
 impl Shard {
-    /// Drops blocks until at most `limit` bytes are held: the oldest that was not used since it came or was last spared.
-    fn make_room(&mut self, limit: usize) {
-        while self.bytes > limit {
-            let Some(key) = self.queue.pop_front() else { return };
+    /// Makes room for a block: drops the oldest that were not used since they came or were last spared. Gives back one
+    /// of the same length that nobody reads any more: memory that is used again need not be asked for, nor cleared. No
+    /// room when the block is larger than the shard, or all that it holds is being decoded: such a block is not kept.
+    fn reserve(&mut self, len: usize, limit: usize) -> (Option<usize>, Option<Arc<[u8]>>) {
+        if len > limit {
+            return (None, None);
+        }
+        let mut old = None;
+        while self.bytes + len > limit {
+            let Some(key) = self.queue.pop_front() else { return (None, None) };
             match self.slots.get(&key) {
                 Some(Slot::Ready { used, .. }) if used.swap(false, Ordering::Relaxed) => {
                     self.queue.push_back(key);
                 }
                 Some(Slot::Ready { block, .. }) => {
                     self.bytes -= block.len();
-                    self.slots.remove(&key);
+                    if let Some(Slot::Ready { block, .. }) = self.slots.remove(&key) {
+                        old = Some(block);
+                    }
                 }
                 _ => {}
             }
         }
+        self.bytes += len;
+        (Some(len), old.filter(|block| block.len() == len && Arc::strong_count(block) == 1))
     }
 }
 
@@ -193,6 +204,8 @@ impl Flight {
 struct Landing<'a> {
     cache: &'a BlockCache,
     key: BlockKey,
+    /// Bytes that are counted for it; none when it is not to be kept.
+    room: Option<usize>,
     flight: Arc<Flight>,
     result: Option<FsResult<Arc<[u8]>>>,
 }
@@ -203,7 +216,7 @@ impl Drop for Landing<'_> {
             .result
             .take()
             .unwrap_or_else(|| Err(FsError::new(Problem::Bug, "a thread panicked while it decoded a block")));
-        self.cache.land(self.key, result.as_ref().ok());
+        self.cache.land(self.key, self.room, result.as_ref().ok());
         *self.flight.landed.lock() = Some(result);
         self.flight.bell.notify_all();
     }

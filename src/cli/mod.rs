@@ -2,6 +2,7 @@
 
 mod init;
 mod list;
+mod mount;
 mod offering;
 mod operation;
 mod output;
@@ -54,6 +55,10 @@ enum Command {
     List(list::Args),
     /// Show all that is known of one backup.
     Show(show::Args),
+    /// Mount the store as a read-only file system.
+    Mount(mount::Args),
+    /// Unmount a store, unless it is in use.
+    Umount(mount::UmountArgs),
     /// Thaw a guest should the knibfs that started this be killed.
     #[cfg(feature = "libvirt")]
     #[command(name = crate::hypervisor::thaw_guard::COMMAND, hide = true)]
@@ -121,6 +126,8 @@ fn dispatch(context: &Context, command: Command) -> Outcome {
         Command::Vm(command) => vm::run(context, command),
         Command::List(args) => list::run(context, &args),
         Command::Show(args) => show::run(context, &args),
+        Command::Mount(args) => mount::run(context, &args),
+        Command::Umount(args) => mount::run_umount(&args),
         #[cfg(feature = "libvirt")]
         Command::ThawGuard(args) => thaw_guard::run(&args),
     }

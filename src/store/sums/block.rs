@@ -50,6 +50,11 @@ pub struct Record<'a> {
 }
 
 impl Record<'_> {
+    /// Fast checksums of its stored bytes, one for each [`PIECE`].
+    pub fn fasts(&self) -> &[u32] {
+        self.fasts
+    }
+
     /// Whether stored bytes that begin `offset` bytes into the cluster are as they were written.
     ///
     /// `offset` is a multiple of [`PIECE`] and `bytes` ends at a piece's end or the cluster's; anything else is false.

@@ -1,0 +1,204 @@
+//! `<disk>.raw`: a chain of stored images as one flat disk.
+
+use std::cell::RefCell;
+use std::sync::Arc;
+
+use knib_fuse::{BlockKey, BlockSource, FsError, FsResult, Span, SpanKind};
+
+use super::decode::decode;
+use super::flat::{Cluster, FlatCache, FlatRegion, REGION_BITS};
+use super::image::{StoredImage, number};
+use crate::store::Lease;
+use crate::store::sums::PIECE;
+
+/// A chain, opened; the top first.
+#[derive(Debug)]
+pub struct RawDisk {
+    layers: Vec<Arc<StoredImage>>,
+    number: u64,
+    cluster_bits: u32,
+    size: u64,
+    flat: Arc<FlatCache>,
+    /// Kept for as long as someone reads.
+    _lease: Option<Arc<Lease>>,
+}
+
+thread_local! {
+    static SCRATCH: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
+}
+
+/// A thread's buffer, at least so long. It is given back to the allocator when it was needed larger than is usual.
+pub fn with_scratch<T>(len: usize, with: impl FnOnce(&mut [u8]) -> FsResult<T>) -> FsResult<T> {
+    /// A megabyte and an edge on both sides.
+    const USUAL: usize = (2 << 20) + 2 * PIECE as usize;
+    // Taken out while in use: whoever is called may want one too.
+    let mut buffer = SCRATCH.take();
+    if buffer.len() < len {
+        buffer.resize(len, 0);
+    }
+    let result = with(buffer.get_mut(..len).unwrap_or_default());
+    if buffer.len() <= USUAL {
+        SCRATCH.set(buffer);
+    }
+    result
+}
+
+/// A place on the disk: region, cluster in it.
+struct At {
+    region: u64,
+    index: usize,
+}
+
+impl RawDisk {
+    /// A disk over images that follow each other; the first must be there.
+    pub fn new(
+        layers: Vec<Arc<StoredImage>>,
+        flat: Arc<FlatCache>,
+        lease: Option<Arc<Lease>>,
+    ) -> FsResult<Self> {
+        let Some(top) = layers.first() else {
+            return Err(FsError::damage("a chain without images"));
+        };
+        let (cluster_bits, size) = (top.cluster_bits, top.virtual_size);
+        if let Some(odd) = layers.iter().find(|l| l.cluster_bits != cluster_bits) {
+            return Err(odd.damaged("its clusters are of another size than those above it"));
+        }
+        let numbers: Vec<u8> = layers.iter().flat_map(|l| l.number.to_le_bytes()).collect();
+        Ok(Self { number: number(&[b"chain", &numbers]), layers, cluster_bits, size, flat, _lease: lease })
+    }
+
+    fn at(&self, offset: u64) -> At {
+        let region_bits = REGION_BITS.max(self.cluster_bits);
+        let region = offset >> region_bits;
+        At { region, index: ((offset - (region << region_bits)) >> self.cluster_bits) as usize }
+    }
+
+    fn region(&self, region: u64) -> FsResult<Arc<FlatRegion>> {
+        self.flat.get(self.number, region, || {
+            FlatRegion::build(&self.layers, region, self.cluster_bits).map_err(|e| {
+                match self.layers.first() {
+                    Some(top) => top.of_store(&e),
+                    None => FsError::damage(e.to_string()),
+                }
+            })
+        })
+    }
+
+    fn layer(&self, layer: u16) -> FsResult<&Arc<StoredImage>> {
+        self.layers.get(usize::from(layer)).ok_or_else(|| FsError::damage("a map that names no layer"))
+    }
+
+    fn cluster_size(&self) -> u64 {
+        1 << self.cluster_bits
+    }
+
+    fn not_as_written(&self, image: &StoredImage, host: u64, guest: u64) -> FsError {
+        image.damaged(&format!(
+            "the cluster at byte {host} (byte {guest} of the disk) is not as it was written"
+        ))
+    }
+
+    /// Reads whole pieces of a run of plain clusters: `from` and the length are multiples of a piece or end a cluster.
+    fn read_pieces(&self, from: u64, buf: &mut [u8]) -> FsResult<()> {
+        let at = self.at(from);
+        let region = self.region(at.region)?;
+        let Cluster::Data { layer, offset } = region.cluster(at.index) else {
+            return Err(FsError::damage("a map that changed while it was read"));
+        };
+        let image = self.layer(layer)?;
+        let within = from & (self.cluster_size() - 1);
+        image.read(offset.saturating_add(within), buf)?;
+        let mut index = at.index;
+        let mut piece = (within / PIECE) as usize;
+        let mut rest: &[u8] = buf;
+        let mut room = (self.cluster_size() - within) as usize;
+        while !rest.is_empty() {
+            let (part, later) = rest.split_at(room.min(rest.len()));
+            if !region.matches(index, piece, part) {
+                let guest = from + (buf.len() - rest.len()) as u64;
+                return Err(self.not_as_written(image, offset + (guest - from) + within, guest));
+            }
+            (index, piece, rest, room) = (index + 1, 0, later, self.cluster_size() as usize);
+        }
+        Ok(())
+    }
+
+    fn skip_regions(&self, offset: u64) -> FsResult<Option<u64>> {
+        let cluster = offset >> self.cluster_bits;
+        let mut next: Option<u64> = None;
+        for layer in &self.layers {
+            let found = layer.sums.next_stored(cluster).map_err(|e| layer.of_store(&e))?;
+            next = [next, found].into_iter().flatten().min();
+        }
+        Ok(next.and_then(|c| c.checked_mul(self.cluster_size())).map(|at| at.max(offset)))
+    }
+}
+
+impl BlockSource for RawDisk {
+    fn len(&self) -> u64 {
+        self.size
+    }
+
+    fn span(&self, offset: u64) -> FsResult<Span> {
+        let at = self.at(offset);
+        let region = self.region(at.region)?;
+        let start = offset & !(self.cluster_size() - 1);
+        let run = region.run(at.index, self.cluster_size()).max(1) as u64;
+        let len = run.saturating_mul(self.cluster_size());
+        let kind = match region.cluster(at.index) {
+            Cluster::Zero => SpanKind::Zero,
+            Cluster::Data { .. } => SpanKind::Direct,
+            Cluster::Compressed { layer, .. } => SpanKind::Block(BlockKey {
+                image: self.layer(layer)?.number,
+                block: start >> self.cluster_bits,
+            }),
+        };
+        Ok(Span { start, len, kind })
+    }
+
+    fn read_direct(&self, offset: u64, buf: &mut [u8]) -> FsResult<()> {
+        let piece = PIECE.min(self.cluster_size());
+        let end = offset.saturating_add(buf.len() as u64);
+        let (from, to) = (offset & !(piece - 1), end.next_multiple_of(piece));
+        if (from, to) == (offset, end) {
+            return self.read_pieces(offset, buf);
+        }
+        with_scratch((to - from) as usize, |wide| {
+            self.read_pieces(from, wide)?;
+            let skip = (offset - from) as usize;
+            buf.copy_from_slice(wide.get(skip..skip + buf.len()).unwrap_or_default());
+            Ok(())
+        })
+    }
+
+    fn read_block(&self, start: u64, _key: BlockKey, out: &mut [u8]) -> FsResult<()> {
+        let at = self.at(start);
+        let region = self.region(at.region)?;
+        let Cluster::Compressed { layer, offset, len } = region.cluster(at.index) else {
+            return Err(FsError::damage("a map that changed while it was read"));
+        };
+        let image = self.layer(layer)?;
+        with_scratch(len as usize, |stored| {
+            image.read(offset, stored)?;
+            if !region.matches(at.index, 0, stored) {
+                return Err(self.not_as_written(image, offset, start));
+            }
+            decode(image.codec, stored, out).map_err(|what| {
+                image.damaged(&format!("the compressed cluster at byte {offset} cannot be decoded: {what}"))
+            })
+        })
+    }
+
+    fn next_data(&self, offset: u64) -> FsResult<Option<u64>> {
+        let mut at = offset;
+        // Jumps over what no layer stores; what is stored may still be zeros.
+        while let Some(found) = self.skip_regions(at)?.filter(|found| *found < self.size) {
+            let span = self.span(found)?;
+            if span.kind != SpanKind::Zero {
+                return Ok(Some(found));
+            }
+            at = span.end();
+        }
+        Ok(None)
+    }
+}
