@@ -1,0 +1,201 @@
+//! Where an image's bytes lie: a file or block device, or a stand-in that tests make fail.
+
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use crate::{Error, Result};
+
+/// Bytes at offsets; shared by threads.
+pub trait Storage: Send + Sync {
+    /// Reads at `offset` (bytes); fewer bytes than asked for only at the end of the file.
+    fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<usize>;
+    /// Writes all of `buf` at `offset`, growing the file where needed.
+    fn write_at(&self, buf: &[u8], offset: u64) -> io::Result<()>;
+    /// Length in bytes.
+    fn len(&self) -> io::Result<u64>;
+    /// Whether there are no bytes at all.
+    fn is_empty(&self) -> io::Result<bool> {
+        Ok(self.len()? == 0)
+    }
+    /// Cuts or grows to `len` bytes.
+    fn set_len(&self, len: u64) -> io::Result<()>;
+    /// Makes all that was written durable.
+    fn sync(&self) -> io::Result<()>;
+    /// Makes a range read as zeros, and frees its space where the file system can.
+    fn punch(&self, offset: u64, len: u64) -> io::Result<()>;
+    /// The first byte at or after `offset` that may hold data; `None` when only a hole follows.
+    fn next_data(&self, offset: u64) -> io::Result<Option<u64>>;
+    /// The first byte at or after `offset` that lies in a hole (the end of the file is one).
+    fn next_hole(&self, offset: u64) -> io::Result<u64>;
+    /// Device and inode, by which a loop of backing files is noticed.
+    fn identity(&self) -> Option<(u64, u64)>;
+    /// The path, for messages.
+    fn path(&self) -> &Path;
+}
+
+/// How a file is opened.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Access {
+    /// To read only.
+    Read,
+    /// To read and write.
+    ReadWrite,
+}
+
+/// A file or a block device.
+#[derive(Debug)]
+pub struct FileStorage {
+    file: File,
+    path: PathBuf,
+    block_device: bool,
+}
+
+impl FileStorage {
+    /// Opens a file that exists.
+    pub fn open(path: &Path, access: Access) -> Result<Arc<Self>> {
+        let file = OpenOptions::new()
+            .read(true)
+            .write(access == Access::ReadWrite)
+            .open(path)
+            .map_err(|e| Error::io(path, "opening", e))?;
+        Self::from_file(file, path)
+    }
+
+    /// Makes a file that must not exist yet.
+    pub fn create_new(path: &Path) -> Result<Arc<Self>> {
+        let file = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .create_new(true)
+            .open(path)
+            .map_err(|e| Error::io(path, "creating", e))?;
+        Self::from_file(file, path)
+    }
+
+    fn from_file(file: File, path: &Path) -> Result<Arc<Self>> {
+        let meta = file.metadata().map_err(|e| Error::io(path, "reading the attributes", e))?;
+        let block_device = meta.file_type().is_block_device();
+        if !block_device && !meta.is_file() {
+            return Err(Error::unsupported(
+                path,
+                "is neither a file nor a block device, so it cannot be an image",
+            ));
+        }
+        Ok(Arc::new(Self { file, path: path.to_owned(), block_device }))
+    }
+
+    /// The open file, for locks.
+    pub fn file(&self) -> &File {
+        &self.file
+    }
+}
+
+impl Storage for FileStorage {
+    fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<usize> {
+        let mut done = 0;
+        while done < buf.len() {
+            match self.file.read_at(&mut buf[done..], offset.saturating_add(done as u64)) {
+                Ok(0) => break,
+                Ok(n) => done += n,
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+                Err(e) => return Err(e),
+            }
+        }
+        Ok(done)
+    }
+
+    fn write_at(&self, buf: &[u8], offset: u64) -> io::Result<()> {
+        self.file.write_all_at(buf, offset)
+    }
+
+    fn len(&self) -> io::Result<u64> {
+        if self.block_device {
+            return rustix::fs::seek(&self.file, rustix::fs::SeekFrom::End(0)).map_err(Into::into);
+        }
+        Ok(self.file.metadata()?.len())
+    }
+
+    fn set_len(&self, len: u64) -> io::Result<()> {
+        if self.block_device {
+            return if len <= self.len()? {
+                Ok(())
+            } else {
+                Err(io::Error::new(io::ErrorKind::StorageFull, "the block device is too small"))
+            };
+        }
+        self.file.set_len(len)
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        self.file.sync_data()
+    }
+
+    fn punch(&self, offset: u64, len: u64) -> io::Result<()> {
+        use rustix::fs::FallocateFlags as F;
+        let end = offset.saturating_add(len).min(self.len()?);
+        if end <= offset {
+            return Ok(());
+        }
+        if rustix::fs::fallocate(&self.file, F::PUNCH_HOLE | F::KEEP_SIZE, offset, end - offset).is_ok() {
+            return Ok(());
+        }
+        // Not every file system and device can punch holes; zeros that are written read the same.
+        let zeros = vec![0u8; 1 << 20];
+        let mut at = offset;
+        while at < end {
+            let n = (end - at).min(zeros.len() as u64) as usize;
+            self.write_at(&zeros[..n], at)?;
+            at += n as u64;
+        }
+        Ok(())
+    }
+
+    fn next_data(&self, offset: u64) -> io::Result<Option<u64>> {
+        let end = self.len()?;
+        if offset >= end {
+            return Ok(None);
+        }
+        match rustix::fs::seek(&self.file, rustix::fs::SeekFrom::Data(offset)) {
+            Ok(at) => Ok(Some(at)),
+            Err(rustix::io::Errno::NXIO) => Ok(None),
+            // A block device or file system without the call holds data everywhere.
+            Err(rustix::io::Errno::INVAL | rustix::io::Errno::OPNOTSUPP) => Ok(Some(offset)),
+            Err(e) => Err(e.into()),
+        }
+    }
+
+    fn next_hole(&self, offset: u64) -> io::Result<u64> {
+        match rustix::fs::seek(&self.file, rustix::fs::SeekFrom::Hole(offset)) {
+            Ok(at) => Ok(at),
+            Err(rustix::io::Errno::NXIO | rustix::io::Errno::INVAL | rustix::io::Errno::OPNOTSUPP) => {
+                self.len()
+            }
+            Err(e) => Err(e.into()),
+        }
+    }
+
+    fn identity(&self) -> Option<(u64, u64)> {
+        self.file.metadata().ok().map(|m| (m.dev(), m.ino()))
+    }
+
+    fn path(&self) -> &Path {
+        &self.path
+    }
+}
+
+/// Reads exactly `buf.len()` bytes; an image that ends before is damaged.
+pub(crate) fn read_exact(storage: &dyn Storage, buf: &mut [u8], offset: u64, what: &str) -> Result<()> {
+    let n = storage.read_at(buf, offset).map_err(|e| {
+        Error::io(storage.path(), format!("reading {} bytes of {what} at {offset}", buf.len()), e)
+    })?;
+    if n < buf.len() {
+        return Err(Error::damaged(
+            storage.path(),
+            format!("{what} at {offset} runs past the end of the file (the file is truncated?)"),
+        ));
+    }
+    Ok(())
+}
