@@ -309,6 +309,35 @@ fn umount_names_who_holds_it() {
     assert!(!f.mnt().join("vms").exists());
 }
 
+#[test]
+fn a_user_who_may_not_is_told_the_way_out() {
+    use std::os::unix::process::CommandExt as _;
+    const NOBODY: u32 = 65534;
+    fn give(path: &Path) {
+        std::os::unix::fs::chown(path, Some(NOBODY), Some(NOBODY)).unwrap();
+        if path.is_dir() {
+            fs::read_dir(path).unwrap().for_each(|e| give(&e.unwrap().path()));
+        }
+    }
+    let f = Fixture::chain(SIZE, true, &layers()[..1]);
+    let program = f.dir.path().join("knibfs");
+    fs::copy(env!("CARGO_BIN_EXE_knibfs"), &program).unwrap();
+    give(f.dir.path());
+    let output = Command::new(&program)
+        .args(["mount", "--allow-other", "--log-dir"])
+        .args([f.dir.path().join("log"), f.mnt()])
+        .env("KNIBFS_STORE", f.store.root())
+        .uid(NOBODY)
+        .gid(NOBODY)
+        .output()
+        .unwrap();
+    let message = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert_eq!(output.status.code(), Some(1), "{message}");
+    let for_all = fs::metadata("/dev/fuse").unwrap().mode() & 0o006 == 0o006;
+    let wanted = if for_all { "add the line `user_allow_other`" } else { "let users open /dev/fuse" };
+    assert!(message.contains(wanted) && message.trim_end().lines().count() == 1, "{message}");
+}
+
 fn server(f: &Fixture) -> (std::process::Child, std::path::PathBuf) {
     let err = f.dir.path().join("server.err");
     let child = command(f.store.root(), f.dir.path())

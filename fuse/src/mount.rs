@@ -34,7 +34,9 @@ pub enum MountError {
     )]
     NoDevice,
     /// This process may not.
-    #[error("no permission to {doing}: run as root, or ask the administrator for the package fuse3")]
+    #[error(
+        "no permission to {doing}: run as root, or have the administrator install fuse3 and let users open /dev/fuse (mode 666)"
+    )]
     Denied {
         /// What was being done.
         doing: String,
@@ -196,13 +198,17 @@ fn mount_as_user(
     ];
     Session::new(adapter, mount_point, &session).map_err(|source| {
         let text = source.to_string();
-        if !Path::new("/dev/fuse").exists() {
+        let device = OpenOptions::new().read(true).write(true).open("/dev/fuse").map(drop);
+        let device = device.map_err(|e| e.kind());
+        if device == Err(io::ErrorKind::NotFound) {
             MountError::NoDevice
+        } else if device == Err(io::ErrorKind::PermissionDenied) {
+            MountError::Denied { doing: "open /dev/fuse".into() }
         } else if text.contains("user_allow_other") {
             MountError::NoAllowOther
         } else if source.kind() == io::ErrorKind::NotFound {
             MountError::NoFusermount
-        } else if text.contains("/dev/fuse") || source.kind() == io::ErrorKind::PermissionDenied {
+        } else if source.kind() == io::ErrorKind::PermissionDenied {
             MountError::Denied { doing: format!("mount ({})", text.trim()) }
         } else {
             MountError::Failed { mount_point: mount_point.into(), source }

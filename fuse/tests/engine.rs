@@ -115,6 +115,23 @@ fn a_block_that_many_want_is_decoded_once() {
 }
 
 #[test]
+fn no_lock_is_held_while_a_block_is_decoded() {
+    // Small, so that both blocks are in one shard.
+    let cache = BlockCache::new(1 << 20);
+    let key = |block| BlockKey { image: 1, block };
+    let other = cache.get(key(1), 16, |_| {
+        // With the shard's lock held this would never return.
+        cache.get(key(2), 16, |out| {
+            out.fill(2);
+            Ok(())
+        })?;
+        Ok(())
+    });
+    assert!(other.is_ok());
+    assert_eq!(*cache.get(key(2), 16, |_| panic!("it is held")).unwrap(), [2; 16]);
+}
+
+#[test]
 fn who_waits_for_a_decoding_that_panics_or_fails_hears_of_it_and_the_next_tries_again() {
     let cache = BlockCache::new(1 << 20);
     let key = BlockKey { image: 1, block: 2 };

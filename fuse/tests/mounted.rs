@@ -173,6 +173,9 @@ fn attributes_are_real() {
     assert_eq!(disk.modified().unwrap(), time());
     assert_eq!(fs::read_link(m.path("latest")).unwrap(), PathBuf::from("many/name-7"));
     assert_eq!(fs::read(m.path("latest")).unwrap(), [7; 7]);
+    let mut value = [0u8; 16];
+    let none = rustix::fs::getxattr(m.path("disk.raw"), "user.x", &mut value);
+    assert_eq!(none.unwrap_err(), rustix::io::Errno::OPNOTSUPP);
     let room = rustix::fs::statvfs(m.dir.path()).unwrap();
     assert_eq!((room.f_blocks * room.f_frsize, room.f_bavail), (1 << 40, 0));
 }

@@ -212,6 +212,13 @@ impl Fixture {
         Mount(self)
     }
 
+    pub fn unmount(&self) {
+        let mnt = self.mnt().canonicalize().unwrap_or_else(|_| self.mnt());
+        if knib_fuse::mount_at(&mnt).unwrap().is_some() {
+            knib_fuse::unmount(&mnt).unwrap();
+        }
+    }
+
     pub fn log(&self) -> String {
         let path = self.dir.path().join("log").join(format!("mount-{}.log", self.store.id()));
         fs::read_to_string(path).unwrap()
@@ -224,15 +231,19 @@ pub fn command(store: &Path, state: &Path) -> Command {
     command
 }
 
-/// A mount that is taken away when the test ends.
+/// A mount that is taken away when it goes out of scope.
 pub struct Mount<'a>(pub &'a Fixture);
 
 impl Drop for Mount<'_> {
     fn drop(&mut self) {
-        let mnt = self.0.mnt();
-        if knib_fuse::mount_at(&mnt).unwrap().is_some() {
-            knib_fuse::unmount(&mnt).unwrap();
-        }
+        self.0.unmount();
+    }
+}
+
+impl Drop for Fixture {
+    /// A test that fails leaves no mount either.
+    fn drop(&mut self) {
+        self.unmount();
     }
 }
 
