@@ -1,0 +1,396 @@
+//! An image with all its backing files, as one disk. One flat map: after a region's tables are read once, finding a
+//! byte costs the same at any depth.
+
+use std::collections::{HashMap, HashSet};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use parking_lot::Mutex;
+
+use crate::codec;
+use crate::image::Piece;
+use crate::{Access, CompressionType, Error, FileStorage, Format, Gate, Image, Implicit, Result, Storage};
+
+/// A chain has at most so many images.
+pub const MAX_DEPTH: usize = 200;
+/// Units (smallest clusters or subclusters) in a region of the map.
+const REGION_UNITS: u64 = 1024;
+/// The map of one chain keeps at most so many extents (about 48 bytes each).
+const MAX_EXTENTS: usize = 256 * 1024;
+
+enum Layer {
+    Qcow2(Box<Image>),
+    Raw { storage: Arc<dyn Storage>, len: u64 },
+}
+
+impl Layer {
+    fn storage(&self) -> &Arc<dyn Storage> {
+        match self {
+            Layer::Qcow2(image) => image.storage(),
+            Layer::Raw { storage, .. } => storage,
+        }
+    }
+    fn data(&self) -> &Arc<dyn Storage> {
+        match self {
+            Layer::Qcow2(image) => image.data_storage(),
+            Layer::Raw { storage, .. } => storage,
+        }
+    }
+    fn size(&self) -> u64 {
+        match self {
+            Layer::Qcow2(image) => image.header().size,
+            Layer::Raw { len, .. } => *len,
+        }
+    }
+}
+
+/// A run of the guest's disk, in bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Extent {
+    /// Where it starts.
+    pub start: u64,
+    /// Its length.
+    pub len: u64,
+    /// What it holds.
+    pub kind: ExtentKind,
+}
+
+/// What an extent holds. Layers count from the top, 0 being the newest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ExtentKind {
+    /// None of the layers asked says anything.
+    Absent,
+    /// Zeros, said by a layer (`None`: nothing in the whole chain).
+    Zero {
+        /// Which layer says so.
+        layer: Option<usize>,
+    },
+    /// Plain bytes.
+    Data {
+        /// In which layer.
+        layer: usize,
+        /// At which offset of its data file, in bytes.
+        offset: u64,
+    },
+    /// One compressed cluster.
+    Compressed {
+        /// In which layer.
+        layer: usize,
+        /// At which offset, in bytes.
+        offset: u64,
+        /// At most so many stored bytes.
+        max_len: u64,
+        /// Start of the cluster on the guest's disk: the extent may be a part of it.
+        cluster_start: u64,
+        /// Codec.
+        compression: CompressionType,
+    },
+}
+
+#[derive(Default)]
+struct Map {
+    regions: HashMap<(usize, u64), Arc<Vec<Extent>>>,
+    extents: usize,
+}
+
+/// A chain of images, newest first.
+pub struct Chain {
+    layers: Vec<Layer>,
+    region: u64,
+    map: Mutex<Map>,
+}
+
+impl Chain {
+    /// Opens the image at `path` and all that it stands on.
+    pub fn open(path: &Path, format: Format, gate: &dyn Gate) -> Result<Chain> {
+        Self::from_storage(FileStorage::open(path, Access::Read)?, format, gate)
+    }
+
+    /// Opens an image that is already open, and all that it stands on.
+    pub fn from_storage(top: Arc<dyn Storage>, format: Format, gate: &dyn Gate) -> Result<Chain> {
+        let mut layers = Vec::new();
+        let mut seen = HashSet::new();
+        let mut next = Some((top, format));
+        while let Some((storage, format)) = next.take() {
+            if let Some(id) = storage.identity()
+                && !seen.insert(id)
+            {
+                return Err(Error::damaged(
+                    storage.path(),
+                    "it is its own backing file (a loop): the chain cannot be read",
+                ));
+            }
+            if layers.len() == MAX_DEPTH {
+                return Err(Error::unsupported(
+                    storage.path(),
+                    format!("the chain is deeper than {MAX_DEPTH} images"),
+                ));
+            }
+            match format {
+                Format::Raw => {
+                    let len =
+                        storage.len().map_err(|e| Error::io(storage.path(), "asking for the length", e))?;
+                    layers.push(Layer::Raw { storage, len });
+                }
+                Format::Qcow2 => {
+                    let image = Image::open(storage, gate)?;
+                    let h = image.header();
+                    if let Some(name) = &h.backing {
+                        next = Some(gate.open(
+                            image.storage().path(),
+                            Implicit::Backing,
+                            name,
+                            h.backing_format.as_deref(),
+                        )?);
+                    }
+                    layers.push(Layer::Qcow2(Box::new(image)));
+                }
+            }
+        }
+        let unit = layers.iter().filter_map(|l| match l {
+            Layer::Qcow2(i) if i.header().extended_l2() => Some(i.header().cluster_size() / 32),
+            Layer::Qcow2(i) => Some(i.header().cluster_size()),
+            Layer::Raw { .. } => None,
+        });
+        let unit = unit.min().unwrap_or(65536);
+        // Never smaller than the largest cluster, so that a compressed cluster lies in one region.
+        let region = (unit * REGION_UNITS).max(2 << 20);
+        Ok(Chain { layers, region, map: Mutex::default() })
+    }
+
+    /// Size of the guest's disk in bytes.
+    pub fn size(&self) -> u64 {
+        self.layers.first().map_or(0, Layer::size)
+    }
+    /// How many images there are.
+    pub fn depth(&self) -> usize {
+        self.layers.len()
+    }
+    /// The images' paths, newest first.
+    pub fn paths(&self) -> Vec<PathBuf> {
+        self.layers.iter().map(|l| l.storage().path().to_owned()).collect()
+    }
+
+    /// What the whole chain holds at `offset` (bytes): from there to where the kind changes or the map's region ends.
+    pub fn extent_at(&self, offset: u64) -> Result<Extent> {
+        self.find(self.layers.len(), offset)
+    }
+
+    /// The same of the newest `n` layers alone: what none of them says is [`ExtentKind::Absent`].
+    pub fn top_extent_at(&self, n: usize, offset: u64) -> Result<Extent> {
+        self.find(n.min(self.layers.len()), offset)
+    }
+
+    fn find(&self, n: usize, offset: u64) -> Result<Extent> {
+        let size = self.size();
+        let Some(top) = self.layers.first().filter(|_| offset < size) else {
+            let path = self.layers.first().map_or(Path::new(""), |l| l.storage().path());
+            return Err(Error::out_of_range(
+                path,
+                format!("offset {offset} lies past the disk's {size} bytes"),
+            ));
+        };
+        let key = (n, offset / self.region);
+        let known = self.map.lock().regions.get(&key).cloned();
+        let region = match known {
+            Some(region) => region,
+            None => {
+                let start = key.1 * self.region;
+                let region = Arc::new(self.load(n, start, size.min(start.saturating_add(self.region)))?);
+                let mut map = self.map.lock();
+                if map.extents + region.len() > MAX_EXTENTS {
+                    map.regions.clear();
+                    map.extents = 0;
+                }
+                if map.regions.insert(key, region.clone()).is_none() {
+                    map.extents += region.len();
+                }
+                region
+            }
+        };
+        let i = region.partition_point(|e| e.start <= offset).saturating_sub(1);
+        let mut found =
+            *region.get(i).ok_or_else(|| Error::damaged(top.storage().path(), "the map has a gap"))?;
+        let skip = offset - found.start;
+        found.start = offset;
+        found.len -= skip;
+        if let ExtentKind::Data { offset, .. } = &mut found.kind {
+            *offset += skip;
+        }
+        Ok(found)
+    }
+
+    fn load(&self, n: usize, start: u64, end: u64) -> Result<Vec<Extent>> {
+        let mut found: Vec<Extent> = Vec::new();
+        let mut gaps = vec![(start, end)];
+        for (index, layer) in self.layers.iter().take(n).enumerate() {
+            let mut left = Vec::new();
+            for (from, to) in gaps {
+                // A layer that is shorter than those above reads as zeros past its end, and hides what lies below.
+                let inside = to.min(layer.size().max(from));
+                if inside < to {
+                    found.push(Extent {
+                        start: inside,
+                        len: to - inside,
+                        kind: ExtentKind::Zero { layer: Some(index) },
+                    });
+                }
+                layer.extents(index, from, inside, &mut found, &mut left)?;
+            }
+            gaps = left;
+            if gaps.is_empty() {
+                break;
+            }
+        }
+        let rest = if n < self.layers.len() { ExtentKind::Absent } else { ExtentKind::Zero { layer: None } };
+        found.extend(gaps.into_iter().map(|(from, to)| Extent { start: from, len: to - from, kind: rest }));
+        found.sort_unstable_by_key(|e| e.start);
+        found.dedup_by(|next, last| join(last, next));
+        Ok(found)
+    }
+
+    /// Reads `buf.len()` bytes of the guest's disk at `offset`.
+    pub fn read_at(&self, buf: &mut [u8], offset: u64) -> Result<()> {
+        let mut done = 0;
+        while done < buf.len() {
+            let extent = self.extent_at(offset + done as u64)?;
+            let n = extent.len.min((buf.len() - done) as u64) as usize;
+            self.read_extent(&extent, &mut buf[done..done + n])?;
+            done += n;
+        }
+        Ok(())
+    }
+
+    fn read_extent(&self, extent: &Extent, out: &mut [u8]) -> Result<()> {
+        match extent.kind {
+            ExtentKind::Absent | ExtentKind::Zero { .. } => out.fill(0),
+            ExtentKind::Data { layer, offset } => {
+                let storage = self.layer(layer)?.data();
+                let n = storage.read_at(out, offset).map_err(|e| {
+                    Error::io(storage.path(), format!("reading {} bytes at {offset}", out.len()), e)
+                })?;
+                // The last cluster may be cut where the file ends: the rest reads as zeros.
+                out[n..].fill(0);
+            }
+            ExtentKind::Compressed { layer, offset, max_len, cluster_start, compression } => {
+                let Layer::Qcow2(image) = self.layer(layer)? else {
+                    return Err(Error::damaged(Path::new(""), "a raw layer has no compressed clusters"));
+                };
+                let cluster = image.header().cluster_size() as usize;
+                codec::with_buffers(|stored, whole| {
+                    stored.resize(max_len as usize, 0);
+                    let storage = image.storage();
+                    let n = storage.read_at(stored, offset).map_err(|e| {
+                        Error::io(storage.path(), format!("reading the compressed cluster at {offset}"), e)
+                    })?;
+                    let within = (extent.start - cluster_start) as usize;
+                    let damaged = |why| {
+                        Error::damaged(
+                            storage.path(),
+                            format!("the compressed cluster at {offset:#x}: {why}"),
+                        )
+                    };
+                    if within == 0 && out.len() == cluster {
+                        return codec::decompress(compression, &stored[..n], out).map_err(damaged);
+                    }
+                    whole.resize(cluster, 0);
+                    codec::decompress(compression, &stored[..n], whole).map_err(damaged)?;
+                    let part = whole.get(within..within + out.len());
+                    out.copy_from_slice(part.ok_or_else(|| damaged("it is too short".into()))?);
+                    Ok(())
+                })?;
+            }
+        }
+        Ok(())
+    }
+
+    fn layer(&self, index: usize) -> Result<&Layer> {
+        self.layers.get(index).ok_or_else(|| Error::damaged(Path::new(""), "no such layer"))
+    }
+}
+
+impl Layer {
+    fn extents(
+        &self,
+        index: usize,
+        from: u64,
+        to: u64,
+        found: &mut Vec<Extent>,
+        left: &mut Vec<(u64, u64)>,
+    ) -> Result<()> {
+        if from >= to {
+            return Ok(());
+        }
+        match self {
+            Layer::Qcow2(image) => {
+                let h = image.header();
+                image.pieces(from, to, &mut |start, len, piece| {
+                    let kind = match piece {
+                        Piece::Absent => {
+                            match left.last_mut() {
+                                Some(last) if last.1 == start => last.1 = start + len,
+                                _ => left.push((start, start + len)),
+                            }
+                            return;
+                        }
+                        Piece::Zero => ExtentKind::Zero { layer: Some(index) },
+                        Piece::Data(offset) => ExtentKind::Data { layer: index, offset },
+                        Piece::Compressed(offset, max_len) => ExtentKind::Compressed {
+                            layer: index,
+                            offset,
+                            max_len,
+                            compression: h.compression,
+                            cluster_start: start & !(h.cluster_size() - 1),
+                        },
+                    };
+                    let next = Extent { start, len, kind };
+                    if !found.last_mut().is_some_and(|last| join(last, &next)) {
+                        found.push(next);
+                    }
+                })
+            }
+            Layer::Raw { storage, .. } => {
+                let io = |e| Error::io(storage.path(), "looking for holes", e);
+                let mut at = from;
+                while at < to {
+                    let data = storage.next_data(at).map_err(io)?.unwrap_or(to).clamp(at, to);
+                    if data > at {
+                        found.push(Extent {
+                            start: at,
+                            len: data - at,
+                            kind: ExtentKind::Zero { layer: Some(index) },
+                        });
+                    }
+                    if data >= to {
+                        break;
+                    }
+                    let hole = storage.next_hole(data).map_err(io)?.clamp(data, to);
+                    let hole = if hole == data { to } else { hole };
+                    found.push(Extent {
+                        start: data,
+                        len: hole - data,
+                        kind: ExtentKind::Data { layer: index, offset: data },
+                    });
+                    at = hole;
+                }
+                Ok(())
+            }
+        }
+    }
+}
+
+/// Whether `next` continues `last`; if so, `last` grows.
+fn join(last: &mut Extent, next: &Extent) -> bool {
+    let same = match (last.kind, next.kind) {
+        (ExtentKind::Data { layer: a, offset: x }, ExtentKind::Data { layer: b, offset: y }) => {
+            a == b && x.checked_add(last.len) == Some(y)
+        }
+        (ExtentKind::Compressed { .. }, _) | (_, ExtentKind::Compressed { .. }) => false,
+        (a, b) => a == b,
+    };
+    let joined = same && last.start + last.len == next.start;
+    if joined {
+        last.len += next.len;
+    }
+    joined
+}
