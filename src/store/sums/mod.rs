@@ -15,6 +15,7 @@ mod cache;
 mod chain;
 mod format;
 mod host;
+mod observer;
 mod reader;
 #[cfg(test)]
 mod tests;

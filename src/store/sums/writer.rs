@@ -102,6 +102,11 @@ impl SumsWriter {
         Ok(Self { path: path.into(), cluster_bits, virtual_size, compare: None, state: Mutex::new(state) })
     }
 
+    /// Where it is written.
+    pub(super) fn path(&self) -> &Path {
+        &self.path
+    }
+
     /// For `scan`: clusters that are what the parent's chain holds are left out.
     #[must_use]
     pub fn leave_out_what_is_in(mut self, parent: SumsChain) -> Self {
