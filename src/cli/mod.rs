@@ -1,5 +1,7 @@
 //! The command line: parses, talks, shows progress, formats. Decides nothing.
 
+mod check;
+mod export;
 mod init;
 mod list;
 mod mount;
@@ -55,6 +57,10 @@ enum Command {
     List(list::Args),
     /// Show all that is known of one backup.
     Show(show::Args),
+    /// Write a disk of a backup to a file of its own.
+    Export(export::Args),
+    /// Check that backups can be read, and are as they were written.
+    Check(check::Args),
     /// Mount the store as a read-only file system.
     Mount(mount::Args),
     /// Unmount a store, unless it is in use.
@@ -126,6 +132,8 @@ fn dispatch(context: &Context, command: Command) -> Outcome {
         Command::Vm(command) => vm::run(context, command),
         Command::List(args) => list::run(context, &args),
         Command::Show(args) => show::run(context, &args),
+        Command::Export(args) => export::run(context, &args),
+        Command::Check(args) => check::run(context, &args),
         Command::Mount(args) => mount::run(context, &args),
         Command::Umount(args) => mount::run_umount(&args),
         #[cfg(feature = "libvirt")]

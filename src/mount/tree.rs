@@ -9,8 +9,8 @@ use std::time::{Duration, SystemTime};
 
 use jiff::Timestamp;
 use knib_fuse::{
-    Attr, BlockCache, BlockFile, DirEntry, File, FsError, FsResult, Ino, NodeKind, Problem, ReadAhead,
-    Statfs, Tree,
+    Attr, BlockCache, BlockFile, BlockSource, DirEntry, File, FsError, FsResult, Ino, NodeKind, Problem,
+    ReadAhead, Statfs, Tree,
 };
 use parking_lot::{Mutex, RwLock};
 
@@ -410,6 +410,28 @@ impl StoreTree {
             _ => return Err(FsError::new(Problem::NotAFolder, "not a folder")),
         })
     }
+
+    fn raw_disk(&self, of: &Manifest, disk: &DiskName, lease: Option<Arc<Lease>>) -> FsResult<RawDisk> {
+        let chain = self.chain(of, disk)?;
+        RawDisk::new(self.images(&chain, disk)?, self.flat.clone(), lease)
+    }
+
+    /// A disk of a backup as its guest saw it, every byte checked, for those that read without a mount. It holds a lease.
+    ///
+    /// # Errors
+    /// The backup has no such disk, or its chain is damaged.
+    pub fn disk_source(&self, of: &Manifest, disk: &DiskName) -> FsResult<Arc<dyn BlockSource>> {
+        Ok(Arc::new(self.raw_disk(of, disk, self.lease(&backup_ref(of)))?))
+    }
+
+    /// A stored image byte for byte, every byte checked.
+    ///
+    /// # Errors
+    /// The backup has no such disk, or its chain is damaged.
+    pub fn stored_file(&self, of: &Manifest, disk: &DiskName) -> FsResult<Arc<dyn File>> {
+        let chain = self.chain(of, disk)?;
+        Ok(Arc::new(StoredFile::new(self.image(of, disk, chain.get(1))?, self.lease(&backup_ref(of)))))
+    }
 }
 
 impl Tree for StoreTree {
@@ -456,8 +478,7 @@ impl Tree for StoreTree {
         match self.node(ino)? {
             Node::Raw { of, disk } => {
                 let lease = self.lease(&of);
-                let chain = self.chain(&self.manifest(&of)?, &disk)?;
-                let source = RawDisk::new(self.images(&chain, &disk)?, self.flat.clone(), lease)?;
+                let source = self.raw_disk(&self.manifest(&of)?, &disk, lease)?;
                 Ok(Arc::new(BlockFile::new(Arc::new(source), self.blocks.clone(), self.ahead.clone())))
             }
             Node::Stored { of, disk, digest } => {

@@ -1,4 +1,7 @@
 //! Operations: what a command asks for, planned by `chain`, recorded by `store`, done by the engine and the hypervisor.
 
 pub mod add_vm;
+pub mod check;
 pub mod control;
+pub mod disk_source;
+pub mod export;
