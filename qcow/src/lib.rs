@@ -2,20 +2,27 @@
 
 pub mod chain;
 pub mod codec;
+mod commit;
+mod create;
 pub mod entry;
 mod error;
 mod gate;
 pub mod header;
 mod image;
+mod refcount;
+mod rw;
 mod storage;
 pub mod writer;
 
 pub use chain::{Chain, Extent, ExtentKind};
 pub use codec::Compression;
+pub use commit::commit;
+pub use create::{create, set_backing};
 pub use error::{Error, Result};
 pub use gate::{Gate, Implicit, NoImplicit, PlainPaths};
 pub use header::{CompressionType, Format, Header};
 pub use image::Image;
+pub use rw::{Backing, ImageMut};
 pub use storage::{Access, FileStorage, Storage};
 pub use writer::{
     ChainSource, Control, NewImage, NoObserver, Observer, Place, Run, Source, Written, write_image, write_raw,

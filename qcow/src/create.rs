@@ -1,0 +1,275 @@
+//! Empty images and overlays, and the name of the backing file in a header. Source: the qcow2 specification,
+//! "Header" and "Header extensions".
+
+use std::ops::Range;
+use std::path::Path;
+use std::sync::Arc;
+
+use crate::header::{self, EXT_BACKING_FORMAT, incompatible};
+use crate::storage::read_exact;
+use crate::writer::NewImage;
+use crate::{Access, CompressionType, Error, FileStorage, Format, Header, Result, Storage};
+
+/// Length of the headers that are written here, compression type included, in bytes.
+const HEADER_LENGTH: usize = 112;
+/// Longest name of a backing file in bytes.
+const NAME_MAX: usize = 1023;
+
+/// Writes an empty version 3 image (16-bit refcounts) to `dest`, whatever that held before, and makes it durable.
+/// With a backing file this is an overlay that shows it whole.
+pub fn create(dest: Arc<dyn Storage>, new: &NewImage) -> Result<()> {
+    let path = dest.path();
+    let kind = new.compression.as_ref().map_or(CompressionType::Deflate, |c| c.kind);
+    let layout = Layout::of(new.size, new.cluster_bits, path)?;
+    let backing = new.backing.as_ref().map(|(name, format)| (name.as_str(), *format));
+    let zero = layout.header(new.size, kind, backing, path)?;
+    let io = |doing: &'static str| move |e| Error::io(path, doing, e);
+    dest.set_len(0).map_err(io("emptying"))?;
+    dest.set_len(layout.clusters << layout.cluster_bits).map_err(io("growing"))?;
+    if dest.len().map_err(io("asking for the length"))? > layout.clusters << layout.cluster_bits {
+        // A block device keeps what it held.
+        dest.punch(0, layout.clusters << layout.cluster_bits).map_err(io("clearing"))?;
+    }
+    let mut table = Vec::new();
+    let mut refcounts = Vec::new();
+    for block in 0..layout.blocks {
+        table.extend_from_slice(&((layout.first_block() + block) << layout.cluster_bits).to_be_bytes());
+    }
+    for _ in 0..layout.clusters {
+        refcounts.extend_from_slice(&1u16.to_be_bytes());
+    }
+    dest.write_at(&refcounts, layout.first_block() << layout.cluster_bits)
+        .map_err(io("writing refcounts"))?;
+    dest.write_at(&table, 1 << layout.cluster_bits).map_err(io("writing the refcount table"))?;
+    // The header last: a file that was cut before is no image at all.
+    dest.sync().map_err(io("syncing"))?;
+    dest.write_at(&zero, 0).map_err(io("writing the header"))?;
+    dest.sync().map_err(io("syncing"))
+}
+
+/// Where the parts of an empty image lie, in clusters: header, refcount table, refcount blocks, L1.
+struct Layout {
+    cluster_bits: u32,
+    table: u64,
+    blocks: u64,
+    l1_entries: u64,
+    clusters: u64,
+}
+
+impl Layout {
+    fn of(size: u64, cluster_bits: u32, path: &Path) -> Result<Layout> {
+        if !(9..=21).contains(&cluster_bits) {
+            return Err(Error::unsupported(
+                path,
+                format!("clusters of 2^{cluster_bits} bytes: qcow2 allows 2^9 to 2^21"),
+            ));
+        }
+        let cluster = 1u64 << cluster_bits;
+        let l1_entries = size.div_ceil(cluster).div_ceil(cluster / 8).max(1);
+        if l1_entries * 8 > 32 << 20 {
+            return Err(Error::unsupported(
+                path,
+                format!(
+                    "a disk of {size} bytes is too large for clusters of {cluster} bytes: use larger clusters"
+                ),
+            ));
+        }
+        let l1 = (l1_entries * 8).div_ceil(cluster);
+        let (mut table, mut blocks) = (1, 1);
+        loop {
+            let clusters = 1 + table + blocks + l1;
+            let need_blocks = clusters.div_ceil(cluster / 2);
+            let need_table = (need_blocks * 8).div_ceil(cluster);
+            if (need_table, need_blocks) == (table, blocks) {
+                return Ok(Layout { cluster_bits, table, blocks, l1_entries, clusters });
+            }
+            (table, blocks) = (need_table.max(table), need_blocks.max(blocks));
+        }
+    }
+
+    fn first_block(&self) -> u64 {
+        1 + self.table
+    }
+
+    fn header(
+        &self,
+        size: u64,
+        kind: CompressionType,
+        backing: Option<(&str, Format)>,
+        path: &Path,
+    ) -> Result<Vec<u8>> {
+        let mut h = vec![0u8; HEADER_LENGTH];
+        let mut put = |at: usize, bytes: &[u8]| h[at..at + bytes.len()].copy_from_slice(bytes);
+        put(0, &header::MAGIC.to_be_bytes());
+        put(4, &3u32.to_be_bytes());
+        put(20, &self.cluster_bits.to_be_bytes());
+        put(24, &size.to_be_bytes());
+        put(36, &(self.l1_entries as u32).to_be_bytes());
+        put(40, &((1 + self.table + self.blocks) << self.cluster_bits).to_be_bytes());
+        put(48, &(1u64 << self.cluster_bits).to_be_bytes());
+        put(56, &(self.table as u32).to_be_bytes());
+        put(96, &4u32.to_be_bytes());
+        put(100, &(HEADER_LENGTH as u32).to_be_bytes());
+        if kind == CompressionType::Zstd {
+            put(72, &incompatible::COMPRESSION.to_be_bytes());
+            put(104, &[1]);
+        }
+        let (ext_end, name_at) = append_backing(&mut h, Vec::new(), backing, None, self.cluster_bits, path)?;
+        debug_assert!(ext_end <= name_at);
+        Ok(h)
+    }
+}
+
+/// Appends the extensions (that of the backing format first) and the name to the fixed part of a header, whose
+/// backing fields are set. The name avoids the place of the old one where there is room. Returns the end of the
+/// extensions and the name's place.
+fn append_backing(
+    h: &mut Vec<u8>,
+    others: Vec<u8>,
+    backing: Option<(&str, Format)>,
+    old_name: Option<Range<usize>>,
+    cluster_bits: u32,
+    path: &Path,
+) -> Result<(usize, usize)> {
+    let cluster = 1usize << cluster_bits;
+    if let Some((_, format)) = backing {
+        let name = format.name().as_bytes();
+        h.extend_from_slice(&EXT_BACKING_FORMAT.to_be_bytes());
+        h.extend_from_slice(&(name.len() as u32).to_be_bytes());
+        h.extend_from_slice(name);
+        h.resize(h.len().next_multiple_of(8), 0);
+    }
+    h.extend_from_slice(&others);
+    h.extend_from_slice(&[0; 8]);
+    let ext_end = h.len();
+    let name = backing.map_or("", |(name, _)| name);
+    if name.len() > NAME_MAX || name.contains('\0') {
+        return Err(Error::unsupported(
+            path,
+            format!(
+                "the backing file's name is {} bytes long, and qcow2 allows {NAME_MAX} without NUL: use a shorter or relative path",
+                name.len()
+            ),
+        ));
+    }
+    let mut name_at = ext_end;
+    if let Some(old) = old_name.filter(|old| old.start < ext_end + name.len() && ext_end < old.end) {
+        let behind = old.end.next_multiple_of(8);
+        if behind + name.len() <= cluster {
+            name_at = behind;
+        }
+    }
+    if name_at + name.len() > cluster {
+        return Err(Error::unsupported(
+            path,
+            format!(
+                "the backing file's name does not fit into the header's cluster of {cluster} bytes: use a shorter or relative path"
+            ),
+        ));
+    }
+    let (at, len) = if backing.is_some() { (name_at as u64, name.len() as u32) } else { (0, 0) };
+    h[8..16].copy_from_slice(&at.to_be_bytes());
+    h[16..20].copy_from_slice(&len.to_be_bytes());
+    h.resize(name_at, 0);
+    h.extend_from_slice(name.as_bytes());
+    Ok((ext_end, name_at))
+}
+
+/// One header extension: its type, and where its data lies in cluster 0.
+pub(crate) struct Extension {
+    pub(crate) kind: u32,
+    pub(crate) data: Range<usize>,
+}
+
+/// The extensions of a header that has passed its checks; `zero` is cluster 0.
+pub(crate) fn extensions(zero: &[u8], header: &Header) -> Vec<Extension> {
+    let mut found = Vec::new();
+    let limit = match header.backing_at.0 {
+        0 => zero.len(),
+        at => zero.len().min(at as usize),
+    };
+    let mut at = header.header_length as usize;
+    while at + 8 <= limit {
+        let word =
+            |at: usize| zero.get(at..at + 4).and_then(|b| b.try_into().ok()).map_or(0, u32::from_be_bytes);
+        let (kind, len) = (word(at), word(at + 4) as usize);
+        let data = at + 8..(at + 8).saturating_add(len);
+        if kind == 0 || data.end > zero.len() {
+            break;
+        }
+        at = data.start.saturating_add(len.next_multiple_of(8));
+        found.push(Extension { kind, data });
+    }
+    found
+}
+
+/// Reads cluster 0 as far as the file has it.
+pub(crate) fn read_cluster_zero(storage: &dyn Storage, header: &Header) -> Result<Vec<u8>> {
+    let len = storage.len().map_err(|e| Error::io(storage.path(), "asking for the length", e))?;
+    let mut zero = vec![0u8; len.min(header.cluster_size()) as usize];
+    read_exact(storage, &mut zero, 0, "the header")?;
+    Ok(zero)
+}
+
+/// Gives the image at `path` another backing file (none for `None`), without touching what the guest sees of its own
+/// clusters. The name is not opened or checked. At any cut the header names either the old file or the new one: the
+/// new name is made durable where nothing points to it before the header is written.
+pub fn set_backing(path: &Path, name: Option<&str>, format: Option<Format>) -> Result<()> {
+    let storage = FileStorage::open(path, Access::ReadWrite)?;
+    set_backing_in(&*storage, name, format)
+}
+
+pub(crate) fn set_backing_in(
+    storage: &dyn Storage,
+    name: Option<&str>,
+    format: Option<Format>,
+) -> Result<()> {
+    let path = storage.path();
+    let header = Header::parse(storage)?;
+    if header.incompatible & incompatible::CORRUPT != 0 {
+        return Err(Error::damaged(
+            path,
+            "it is marked corrupt and may only be read: repair it with `qemu-img check -r all`",
+        ));
+    }
+    let backing = match (name, format) {
+        (None, _) => None,
+        (Some(name), Some(format)) => Some((name, format)),
+        (Some(name), None) => {
+            return Err(Error::refused(
+                path,
+                format!("the backing file {name:?} was given without its format, which is never guessed"),
+            ));
+        }
+    };
+    let zero = read_cluster_zero(storage, &header)?;
+    let mut others = Vec::new();
+    for e in extensions(&zero, &header).iter().filter(|e| e.kind != EXT_BACKING_FORMAT) {
+        others.extend_from_slice(&e.kind.to_be_bytes());
+        others.extend_from_slice(&(e.data.len() as u32).to_be_bytes());
+        others.extend_from_slice(&zero[e.data.clone()]);
+        others.resize(others.len().next_multiple_of(8), 0);
+    }
+    let fixed = header.header_length as usize;
+    let mut h = zero
+        .get(..fixed)
+        .ok_or_else(|| Error::damaged(path, "the header runs past the end of the file"))?
+        .to_vec();
+    if header.version >= 3 {
+        h[88..96].copy_from_slice(&(header.autoclear & 3).to_be_bytes());
+    }
+    let (old_at, old_len) = (header.backing_at.0 as usize, header.backing_at.1 as usize);
+    let old_name = (old_at != 0 && old_len != 0).then(|| old_at..old_at + old_len);
+    let (ext_end, name_at) =
+        append_backing(&mut h, others, backing, old_name.clone(), header.cluster_bits, path)?;
+    let io = |doing: &'static str| move |e| Error::io(path, doing, e);
+    let old_end = extensions(&zero, &header).last().map_or(fixed, |e| e.data.end.next_multiple_of(8)) + 8;
+    let apart = name_at >= old_end && old_name.is_none_or(|old| old.end <= name_at || h.len() <= old.start);
+    if apart {
+        storage.write_at(&h[name_at..], name_at as u64).map_err(io("writing the backing file's name"))?;
+        storage.sync().map_err(io("syncing"))?;
+        h.truncate(ext_end);
+    }
+    storage.write_at(&h, 0).map_err(io("writing the header"))?;
+    storage.sync().map_err(io("syncing"))
+}
