@@ -303,7 +303,7 @@ mod tests {
         for order in 0..=6 {
             let mut block = vec![0u8; 512];
             let max = if order == 6 { u64::MAX } else { (1 << (1 << order)) - 1 };
-            let counts = 512 * 8 >> order;
+            let counts = (512 * 8) >> order;
             for i in 0..counts {
                 set(&mut block, order, i, (i as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15) & max);
             }
