@@ -1,6 +1,7 @@
 //! A qcow2 engine: reads hostile images and long chains, writes compressed clusters, changes images in place.
 
 pub mod chain;
+mod check;
 pub mod codec;
 mod commit;
 mod create;
@@ -15,6 +16,7 @@ mod storage;
 pub mod writer;
 
 pub use chain::{Chain, Extent, ExtentKind};
+pub use check::{Report, check};
 pub use codec::Compression;
 pub use commit::commit;
 pub use create::{create, set_backing};

@@ -1,0 +1,391 @@
+//! Checks an image's metadata: every reference is counted from nothing and compared with the refcounts that are
+//! stored. Source: the qcow2 specification, "Host cluster management"; the rules are those of `qemu-img check`.
+
+use std::collections::{HashMap, HashSet};
+use std::sync::atomic::Ordering;
+
+use crate::entry::{COMPRESSED, COPIED, L2, OFFSET_MASK};
+use crate::refcount::{self, BLOCK_MASK};
+use crate::rw::BitmapDirectory;
+use crate::storage::read_exact;
+use crate::{Control, Error, Header, Image, Result, Storage};
+
+/// A report has at most so many messages; the counts go on.
+const MAX_MESSAGES: usize = 100;
+/// Clusters in one part of the table of counts.
+const PART: u64 = 4096;
+/// Bits that must be clear: in the refcount table, in L1 entries, in standard L2 entries.
+const TABLE_RESERVED: u64 = 0x1ff;
+const L1_RESERVED: u64 = 0x7f00_0000_0000_01ff;
+const L2_RESERVED: u64 = 0x3f00_0000_0000_01fe;
+
+/// What a check found.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Report {
+    /// What may cost data: references without a refcount, entries that point outside the file, wrong flags.
+    pub corruptions: u64,
+    /// Clusters whose refcount is higher than what uses them: lost space only.
+    pub leaks: u64,
+    /// The first of them in words, at most 100.
+    pub messages: Vec<String>,
+}
+
+impl Report {
+    fn corrupt(&mut self, what: String) {
+        self.corruptions += 1;
+        self.say(what);
+    }
+    fn say(&mut self, what: String) {
+        if self.messages.len() < MAX_MESSAGES {
+            self.messages.push(what);
+        }
+    }
+}
+
+/// Checks all metadata of an image that nobody writes to. Damage is counted in the report; an error means that the
+/// check itself could not be done. Memory: 4 bytes for each cluster in use. `control` cancels and hears of the guest
+/// bytes done.
+pub fn check(image: &Image, control: &Control) -> Result<Report> {
+    let storage = &**image.storage();
+    let len = storage.len().map_err(|e| Error::io(storage.path(), "asking for the length", e))?;
+    let counts = HashMap::new();
+    let mut c = Check {
+        storage,
+        header: image.header(),
+        len,
+        counts,
+        stored: None,
+        report: Report::default(),
+        control,
+    };
+    let h = c.header;
+    c.count(0, h.cluster_size(), "the header");
+    c.count(
+        h.refcount_table_offset,
+        u64::from(h.refcount_table_clusters) << h.cluster_bits,
+        "the refcount table",
+    );
+    let table = c.refcount_table()?;
+    c.l1(h.l1_offset, h.l1_size, true, "the disk")?;
+    c.snapshots()?;
+    c.bitmaps()?;
+    c.compare(&table)?;
+    Ok(c.report)
+}
+
+struct Check<'a> {
+    storage: &'a dyn Storage,
+    header: &'a Header,
+    len: u64,
+    counts: HashMap<u64, Box<[u32; PART as usize]>>,
+    /// The refcount block that was read last: its number and bytes.
+    stored: Option<(usize, Vec<u8>)>,
+    report: Report,
+    control: &'a Control<'a>,
+}
+
+impl Check<'_> {
+    /// Counts a reference to every cluster of a range; one that leaves the file is a corruption.
+    fn count(&mut self, offset: u64, len: u64, what: &str) -> bool {
+        let bits = self.header.cluster_bits;
+        let end = offset.checked_add(len);
+        let Some(end) = end.filter(|e| *e <= self.len.next_multiple_of(1 << bits)) else {
+            self.report.corrupt(format!("{what} at {offset:#x} ({len} bytes) lies outside the file"));
+            return false;
+        };
+        if len > 0 {
+            for cluster in offset >> bits..=(end - 1) >> bits {
+                let part = self.counts.entry(cluster / PART).or_insert_with(|| Box::new([0; PART as usize]));
+                if let Some(n) = part.get_mut((cluster % PART) as usize) {
+                    *n = n.saturating_add(1);
+                }
+            }
+        }
+        true
+    }
+
+    fn words(&self, offset: u64, count: u64, what: &str) -> Result<Vec<u64>> {
+        let mut bytes = vec![0u8; (count * 8) as usize];
+        read_exact(self.storage, &mut bytes, offset, what)?;
+        Ok(bytes.as_chunks::<8>().0.iter().map(|b| u64::from_be_bytes(*b)).collect())
+    }
+
+    /// The offsets of the refcount blocks; 0 where there is none, or none that can be used.
+    fn refcount_table(&mut self) -> Result<Vec<u64>> {
+        let h = self.header;
+        let count = (u64::from(h.refcount_table_clusters) << h.cluster_bits) / 8;
+        let mut table = self.words(h.refcount_table_offset, count, "the refcount table")?;
+        let mut seen = HashSet::new();
+        for (number, entry) in table.iter_mut().enumerate() {
+            let offset = *entry & BLOCK_MASK;
+            let what = format!("refcount block {number}");
+            if *entry & TABLE_RESERVED != 0 {
+                self.report.corrupt(format!("{what}: its entry has reserved bits"));
+            }
+            if offset != 0 && !seen.insert(offset) {
+                self.report.corrupt(format!("{what} at {offset:#x} is another one's too"));
+                *entry = 0;
+                continue;
+            }
+            let aligned = offset.is_multiple_of(h.cluster_size());
+            if !aligned {
+                self.report.corrupt(format!("{what} at {offset:#x} is not aligned"));
+            }
+            // A block is read whole, so it must be there whole.
+            let there = aligned && offset.checked_add(h.cluster_size()).is_some_and(|e| e <= self.len);
+            if aligned && !there && offset != 0 {
+                self.report.corrupt(format!("{what} at {offset:#x} lies outside the file"));
+            }
+            let used = offset != 0 && there && self.count(offset, h.cluster_size(), &what);
+            *entry = if used { offset } else { 0 };
+        }
+        Ok(table)
+    }
+
+    fn l1(&mut self, offset: u64, size: u32, active: bool, owner: &str) -> Result<()> {
+        let h = self.header;
+        let bytes = u64::from(size) * 8;
+        let what = format!("the L1 table of {owner}");
+        if !offset.is_multiple_of(h.cluster_size()) {
+            self.report.corrupt(format!("{what} at {offset:#x} is not aligned"));
+            return Ok(());
+        }
+        if offset.checked_add(bytes).is_none_or(|e| e > self.len) {
+            self.report.corrupt(format!("{what} at {offset:#x} ({bytes} bytes) lies outside the file"));
+            return Ok(());
+        }
+        if !self.count(offset, bytes, &what) {
+            return Ok(());
+        }
+        let span = h.l2_entries() << h.cluster_bits;
+        let mut seen = HashSet::new();
+        for (number, entry) in self.words(offset, u64::from(size), &what)?.into_iter().enumerate() {
+            if self.control.cancel.load(Ordering::Relaxed) {
+                return Err(Error::Cancelled);
+            }
+            let l2 = entry & OFFSET_MASK;
+            if l2 != 0 {
+                let what = format!("L2 table {number} of {owner}");
+                if entry & L1_RESERVED != 0 {
+                    self.report.corrupt(format!("{what}: its entry has reserved bits"));
+                }
+                if !seen.insert(l2) {
+                    self.report.corrupt(format!("{what} at {l2:#x} is another one's too"));
+                } else if !l2.is_multiple_of(h.cluster_size()) {
+                    self.report.corrupt(format!("{what} at {l2:#x} is not aligned"));
+                } else if l2.checked_add(h.cluster_size()).is_none_or(|e| e > self.len) {
+                    self.report.corrupt(format!("{what} at {l2:#x} lies outside the file"));
+                } else if self.count(l2, h.cluster_size(), &what) {
+                    if active {
+                        self.copied(entry & COPIED != 0, l2, &what)?;
+                    }
+                    self.l2(l2, number as u64 * h.l2_entries(), active, owner)?;
+                }
+            }
+            if active {
+                (self.control.progress)((number as u64 + 1).saturating_mul(span).min(h.size));
+            }
+        }
+        Ok(())
+    }
+
+    fn l2(&mut self, offset: u64, first: u64, active: bool, owner: &str) -> Result<()> {
+        let h = self.header;
+        let step = (h.l2_entry_size() / 8) as usize;
+        let words = self.words(offset, h.cluster_size() / 8, "an L2 table")?;
+        for (at, entry) in words.chunks_exact(step).enumerate() {
+            let word = entry.first().copied().unwrap_or(0);
+            let subclusters = entry.get(1).copied().unwrap_or(0);
+            if word == 0 && subclusters == 0 {
+                continue;
+            }
+            let what = || format!("guest cluster {} of {owner}", first + at as u64);
+            let (allocated, zero) = (subclusters as u32, (subclusters >> 32) as u32);
+            if word & COMPRESSED == 0 && word & L2_RESERVED != 0 {
+                self.report.corrupt(format!("{}: its entry has reserved bits", what()));
+            }
+            match L2::decode(word, h) {
+                Err(why) => self.report.corrupt(format!("{}: {why}", what())),
+                Ok(L2::Compressed { offset, max_len }) => {
+                    if word & COPIED != 0 || subclusters != 0 {
+                        self.report.corrupt(format!("{}: flags that compressed clusters lack", what()));
+                    }
+                    // The count of sectors may reach past the end of the file, the first byte may not.
+                    let max_len = max_len.min(self.len.saturating_sub(offset)).max(1);
+                    self.count(offset, max_len, &what());
+                }
+                Ok(L2::Data(offset) | L2::Zero { allocated: Some(offset) }) => {
+                    if allocated & zero != 0 {
+                        self.report.corrupt(format!("{}: subclusters both allocated and zero", what()));
+                    }
+                    if h.external_data() {
+                        continue;
+                    }
+                    let inside = offset < self.len;
+                    if !inside {
+                        self.report.corrupt(format!("{} at {offset:#x} lies outside the file", what()));
+                    } else if self.count(offset, h.cluster_size(), &what()) && active {
+                        self.copied(word & COPIED != 0, offset, &what())?;
+                    }
+                }
+                Ok(L2::Unallocated | L2::Zero { allocated: None }) => {
+                    if allocated != 0 {
+                        self.report.corrupt(format!("{}: allocated subclusters without a cluster", what()));
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// The copied flag stands exactly where the stored refcount is 1.
+    fn copied(&mut self, flag: bool, offset: u64, what: &str) -> Result<()> {
+        let count = self.stored_count(offset >> self.header.cluster_bits)?;
+        // A refcount of 0 is told by the comparison.
+        if count != 0 && flag != (count == 1) {
+            let flag = if flag { "set" } else { "clear" };
+            self.report.corrupt(format!(
+                "{what} at {offset:#x}: the copied flag is {flag}, its refcount is {count}"
+            ));
+        }
+        Ok(())
+    }
+
+    fn stored_count(&mut self, cluster: u64) -> Result<u64> {
+        let h = self.header;
+        let per_block = (h.cluster_size() * 8) >> h.refcount_order;
+        let (number, at) = ((cluster / per_block) as usize, (cluster % per_block) as usize);
+        if self.stored.as_ref().is_none_or(|(n, _)| *n != number) {
+            let entries = (u64::from(h.refcount_table_clusters) << h.cluster_bits) / 8;
+            if number as u64 >= entries {
+                return Ok(0);
+            }
+            let entry = self.words(h.refcount_table_offset + number as u64 * 8, 1, "the refcount table")?;
+            let offset = entry.first().copied().unwrap_or(0) & BLOCK_MASK;
+            let there = offset != 0
+                && offset.is_multiple_of(h.cluster_size())
+                && offset.checked_add(h.cluster_size()).is_some_and(|e| e <= self.len);
+            let mut bytes = Vec::new();
+            if there {
+                bytes.resize(h.cluster_size() as usize, 0);
+                read_exact(self.storage, &mut bytes, offset, "a refcount block")?;
+            }
+            self.stored = Some((number, bytes));
+        }
+        Ok(self.stored.as_ref().map_or(0, |(_, bytes)| refcount::get(bytes, h.refcount_order, at)))
+    }
+
+    fn snapshots(&mut self) -> Result<()> {
+        let h = self.header;
+        if h.snapshot_count == 0 {
+            return Ok(());
+        }
+        let mut at = h.snapshots_offset;
+        for number in 0..h.snapshot_count {
+            let mut fixed = [0u8; 40];
+            let end = at.checked_add(40).filter(|e| *e <= self.len);
+            if end.is_none() || at - h.snapshots_offset > 64 << 20 {
+                self.report.corrupt(format!("the snapshot table ends in snapshot {number}"));
+                break;
+            }
+            read_exact(self.storage, &mut fixed, at, "the snapshot table")?;
+            let field = |from: usize, len: usize| {
+                fixed[from..from + len].iter().fold(0u64, |n, b| n << 8 | u64::from(*b))
+            };
+            let (l1, size) = (field(0, 8), field(8, 4) as u32);
+            if u64::from(size) * 8 > 32 << 20 {
+                self.report.corrupt(format!("snapshot {number} has an L1 table of {size} entries"));
+            } else {
+                self.l1(l1, size, false, &format!("snapshot {number}"))?;
+            }
+            at += (40 + field(36, 4) + field(12, 2) + field(14, 2)).next_multiple_of(8);
+        }
+        self.count(h.snapshots_offset, at - h.snapshots_offset, "the snapshot table");
+        Ok(())
+    }
+
+    fn bitmaps(&mut self) -> Result<()> {
+        let h = self.header;
+        let directory = match BitmapDirectory::read(self.storage, h) {
+            Ok(Some(directory)) => directory,
+            Ok(None) => return Ok(()),
+            Err(Error::Damaged { what, .. }) => {
+                self.report.corrupt(what);
+                return Ok(());
+            }
+            Err(e) => return Err(e),
+        };
+        self.count(directory.offset, directory.bytes.len() as u64, "the bitmap directory");
+        let entries = match directory.entries(self.storage.path()) {
+            Ok(entries) => entries,
+            Err(e) => {
+                self.report.corrupt(e.to_string());
+                return Ok(());
+            }
+        };
+        for (number, start) in entries.into_iter().enumerate() {
+            let field = |from: usize, len: usize| {
+                let bytes = directory.bytes.get(start + from..start + from + len);
+                bytes.unwrap_or(&[]).iter().fold(0u64, |n, b| n << 8 | u64::from(*b))
+            };
+            let (offset, size) = (field(0, 8), field(8, 4));
+            let what = format!("bitmap {number}");
+            let inside = offset.checked_add(size * 8).is_some_and(|e| e <= self.len);
+            if !inside || !offset.is_multiple_of(h.cluster_size()) {
+                self.report.corrupt(format!("the table of {what} at {offset:#x} lies outside the file"));
+                continue;
+            }
+            self.count(offset, size * 8, &what);
+            for entry in self.words(offset, size, "a bitmap table")? {
+                let data = entry & OFFSET_MASK;
+                if data != 0 {
+                    self.count(data, h.cluster_size(), &what);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Compares the stored refcounts with what was counted.
+    fn compare(&mut self, table: &[u64]) -> Result<()> {
+        let h = self.header;
+        let per_block = (h.cluster_size() * 8) >> h.refcount_order;
+        for (number, offset) in table.iter().enumerate().filter(|(_, offset)| **offset != 0) {
+            if self.control.cancel.load(Ordering::Relaxed) {
+                return Err(Error::Cancelled);
+            }
+            let mut block = vec![0u8; h.cluster_size() as usize];
+            read_exact(self.storage, &mut block, *offset, "a refcount block")?;
+            for at in 0..per_block {
+                let stored = refcount::get(&block, h.refcount_order, at as usize);
+                let cluster = number as u64 * per_block + at;
+                let part = self.counts.get_mut(&(cluster / PART));
+                let counted =
+                    part.and_then(|p| p.get_mut((cluster % PART) as usize)).map_or(0, std::mem::take);
+                if stored != u64::from(counted) {
+                    self.differ(cluster, stored, u64::from(counted));
+                }
+            }
+        }
+        // What is left is used, and no block counts it.
+        let mut left: Vec<(u64, u32)> = Vec::new();
+        for (part, counts) in &self.counts {
+            let used = counts.iter().enumerate().filter(|(_, n)| **n != 0);
+            left.extend(used.map(|(i, n)| (part * PART + i as u64, *n)));
+        }
+        left.sort_unstable();
+        for (cluster, counted) in left {
+            self.differ(cluster, 0, u64::from(counted));
+        }
+        Ok(())
+    }
+
+    fn differ(&mut self, cluster: u64, stored: u64, counted: u64) {
+        if stored < counted {
+            self.report.corrupt(format!("cluster {cluster}: refcount {stored}, but {counted} references"));
+        } else {
+            self.report.leaks += 1;
+            self.report.say(format!("cluster {cluster}: refcount {stored}, but only {counted} references"));
+        }
+    }
+}
