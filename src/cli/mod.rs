@@ -1,5 +1,6 @@
 //! The command line: parses, talks, shows progress, formats. Decides nothing.
 
+mod backup;
 mod check;
 mod export;
 mod init;
@@ -9,6 +10,7 @@ mod offering;
 mod operation;
 mod output;
 mod progress;
+mod recover;
 mod setting;
 mod show;
 mod signals;
@@ -53,6 +55,10 @@ enum Command {
     /// The VMs that the store knows.
     #[command(subcommand)]
     Vm(vm::Command),
+    /// Take a backup of a VM; prints its name.
+    Backup(backup::Args),
+    /// Finish or undo what a crash interrupted.
+    Recover,
     /// List backups, and draw how they stand on each other.
     List(list::Args),
     /// Show all that is known of one backup.
@@ -130,6 +136,8 @@ fn dispatch(context: &Context, command: Command) -> Outcome {
         Command::Offering(command) => offering::run(context, command),
         Command::Setting(command) => setting::run(context, command),
         Command::Vm(command) => vm::run(context, command),
+        Command::Backup(args) => backup::run(context, &args),
+        Command::Recover => recover::run(context),
         Command::List(args) => list::run(context, &args),
         Command::Show(args) => show::run(context, &args),
         Command::Export(args) => export::run(context, &args),

@@ -11,7 +11,7 @@ use crate::store::{DiskName, Store, StoreResult, VmName, VmRecord};
 
 #[derive(Debug, clap::Subcommand)]
 pub enum Command {
-    /// Add a VM: image files that no libvirt domain owns.
+    /// Add a VM: a libvirt domain, or image files that no domain owns.
     Add(Add),
     /// List the VMs.
     List,
@@ -28,11 +28,19 @@ pub struct Add {
     name: VmName,
 
     /// An image file or block device; once for each disk.
-    #[arg(long = "disk", value_name = "NAME=PATH", value_parser = parse_disk, required = true)]
+    #[arg(long = "disk", value_name = "NAME=PATH", value_parser = parse_disk, required_unless_present = "domain", conflicts_with = "domain")]
     disks: Vec<(DiskName, PathBuf)>,
 
+    /// A libvirt domain, by name or UUID: all its disks.
+    #[arg(long)]
+    domain: Option<String>,
+
+    /// The domain's host.
+    #[arg(long, default_value = "qemu:///system", requires = "domain")]
+    uri: String,
+
     /// How changes of image files are found: by comparing contents, touching nothing, or by an overlay (qcow2 only).
-    #[arg(long, value_enum, default_value = "scan")]
+    #[arg(long, value_enum, default_value = "scan", conflicts_with = "domain")]
     track: TrackName,
 
     /// The offering that it is assigned to, by name or id.
@@ -72,7 +80,13 @@ fn add(context: &Context, store: &Store, args: Add) -> Outcome {
     };
     let new =
         NewVm { name: args.name, offering: args.offering, exclude: args.exclude, delta_dir: args.delta_dir };
-    let record = add_vm::add_disks(store, &new, &args.disks, track)?;
+    let record = match &args.domain {
+        Some(domain) => {
+            let guest = crate::ops::hypervisor::domain(&args.uri, domain)?.inspect()?;
+            add_vm::add_domain(store, &new, &args.uri, &guest)?
+        }
+        None => add_vm::add_disks(store, &new, &args.disks, track)?,
+    };
     context.out.print(&record, || record.name.to_string())?;
     Ok(())
 }

@@ -1,7 +1,11 @@
 //! Operations: what a command asks for, planned by `chain`, recorded by `store`, done by the engine and the hypervisor.
 
 pub mod add_vm;
+pub mod backup;
 pub mod check;
 pub mod control;
 pub mod disk_source;
 pub mod export;
+pub mod hypervisor;
+pub mod images;
+pub mod recover;

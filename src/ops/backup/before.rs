@@ -1,0 +1,211 @@
+//! What is known before a backup: the VM's volumes as they are now, and what the next backup of each will be.
+
+use std::os::unix::fs::MetadataExt as _;
+use std::path::Path;
+use std::sync::Arc;
+
+use super::BackupError;
+use crate::chain::{Method, Next, Plan, StoredFile, VolumeNow, plan};
+use crate::hypervisor::{Guest, GuestVolume, ImageRef};
+use crate::ops::hypervisor::target;
+use crate::store::manifest::{Manifest, PrimaryImage};
+use crate::store::sums::{Sums, SumsCache};
+use crate::store::vm::{Source, Track, Volume};
+use crate::store::{DiskName, Store, StoreError, VmRecord, VolumeId};
+
+/// A volume that takes part.
+pub(super) struct Taken {
+    pub volume: Volume,
+    pub target: String,
+    pub now: VolumeNow,
+    pub block_device: bool,
+}
+
+/// How changes of a VM's disks are found.
+pub(super) fn method(record: &VmRecord) -> Method {
+    match record.source {
+        Source::Disks { track: Track::Scan } => Method::Scan,
+        _ => Method::Delta,
+    }
+}
+
+/// Brings the record's volumes up to what the VM has now.
+pub(super) fn refresh(record: &mut VmRecord, guest: &Guest) -> Result<(), BackupError> {
+    for volume in &mut record.volumes {
+        let found = guest.volumes.iter().find(|g| g.target == target(volume));
+        volume.detached = found.is_none();
+        if let Some((found, live)) = found.and_then(|f| f.chain.first().map(|live| (f, live))) {
+            volume.path.clone_from(&live.path);
+            volume.format = live.format;
+            volume.block_device = found.block_device;
+        }
+    }
+    for found in &guest.volumes {
+        let name = DiskName::new(&*found.target).map_err(StoreError::from)?;
+        let known = record.volumes.iter().any(|v| target(v) == found.target || v.name == name);
+        let Some(live) = found.chain.first().filter(|_| !known && !record.exclude.contains(&name)) else {
+            continue;
+        };
+        record.volumes.push(Volume {
+            id: VolumeId::random(),
+            name,
+            path: live.path.clone(),
+            format: live.format,
+            target: Some(found.target.clone()),
+            serial: found.serial.clone(),
+            block_device: found.block_device,
+            detached: false,
+        });
+    }
+    Ok(())
+}
+
+/// Refuses what must not be backed up now.
+pub(super) fn check(record: &VmRecord, guest: &Guest) -> Result<(), BackupError> {
+    let vm = &record.name;
+    if guest.managed_save {
+        let why = "its memory was saved by `virsh managedsave`: start it, or `virsh managedsave-remove` it";
+        return Err(BackupError::refused(vm, why));
+    }
+    let excluded = |target: &str| record.exclude.iter().any(|name| name.as_str() == target);
+    if let Some(refused) = guest.refused.iter().find(|r| !excluded(&r.target)) {
+        let why = format!("its disk {} {}; leave it out with --exclude-disk", refused.target, refused.reason);
+        return Err(BackupError::refused(vm, why));
+    }
+    Ok(())
+}
+
+/// The volumes that take part, as they are now.
+pub(super) fn look(
+    store: &Store,
+    record: &VmRecord,
+    guest: &Guest,
+    history: &[Manifest],
+) -> Result<Vec<Taken>, BackupError> {
+    let mut all = Vec::new();
+    for volume in record.attached().filter(|v| !record.exclude.contains(&v.name)) {
+        let target = target(volume);
+        let Some(found) = guest.volumes.iter().find(|g| g.target == target) else { continue };
+        let images = images(record, volume.id, found)?;
+        let now = VolumeNow {
+            id: volume.id,
+            name: volume.name.clone(),
+            virtual_size: images.first().map_or(0, |i| i.virtual_size),
+            images,
+            stored: stored(store, record, volume.id, history),
+        };
+        all.push(Taken { volume: volume.clone(), target, now, block_device: found.block_device });
+    }
+    if all.is_empty() {
+        return Err(BackupError::refused(&record.name, "it has no disk that can be backed up"));
+    }
+    Ok(all)
+}
+
+/// Decides what each volume will be.
+pub(super) fn decide(
+    record: &VmRecord,
+    chain_size: i64,
+    isolated: bool,
+    history: &[Manifest],
+    taken: &[Taken],
+) -> Plan {
+    let volumes: Vec<VolumeNow> = taken.iter().map(|t| t.now.clone()).collect();
+    plan(&Next {
+        chain_size,
+        isolated,
+        method: method(record),
+        history,
+        tracking: &record.tracking,
+        volumes: &volumes,
+    })
+}
+
+fn images(record: &VmRecord, id: VolumeId, found: &GuestVolume) -> Result<Vec<PrimaryImage>, BackupError> {
+    let left = record.tracking.volumes.get(&id).map(|t| t.images.as_slice()).unwrap_or_default();
+    let mut images = Vec::new();
+    for image in &found.chain {
+        let mut seen = primary(image)?;
+        seen.owner = left
+            .iter()
+            .find(|i| i.path == seen.path && (i.device, i.inode) == (seen.device, seen.inode))
+            .and_then(|i| i.owner);
+        images.push(seen);
+    }
+    Ok(images)
+}
+
+/// An image as it is now, owned by no backup.
+pub(crate) fn primary(image: &ImageRef) -> Result<PrimaryImage, BackupError> {
+    let path = &image.path;
+    let meta = std::fs::metadata(path).map_err(StoreError::io("look at", path))?;
+    Ok(PrimaryImage {
+        path: path.clone(),
+        format: image.format,
+        device: meta.dev(),
+        inode: meta.ino(),
+        virtual_size: virtual_size(image)?,
+        owner: None,
+    })
+}
+
+fn virtual_size(image: &ImageRef) -> Result<u64, BackupError> {
+    use crate::store::manifest::ImageFormat;
+    let size = knib_qcow::FileStorage::open(&image.path, knib_qcow::Access::Read).and_then(|file| {
+        use knib_qcow::Storage as _;
+        match image.format {
+            ImageFormat::Qcow2 => knib_qcow::Header::parse(&*file).map(|h| h.size),
+            ImageFormat::Raw => {
+                file.len().map_err(|e| knib_qcow::Error::io(&image.path, "asking for the length", e))
+            }
+        }
+    });
+    size.map_err(|e| BackupError::Store(StoreError::Invalid(e.to_string())))
+}
+
+/// The disk's sums files from the current backup down, checked with their images.
+pub(super) fn sums_chain(
+    store: &Store,
+    record: &VmRecord,
+    volume: VolumeId,
+    history: &[Manifest],
+) -> Result<Vec<Arc<Sums>>, StoredFile> {
+    let cache = SumsCache::new(64 << 20);
+    let mut layers = Vec::new();
+    let mut next = record.tracking.current.as_ref().map(|c| c.id);
+    while let Some(id) = next {
+        let Some(manifest) = history.iter().find(|m| m.id == id) else { return Err(StoredFile::Missing) };
+        let Some(disk) = manifest.disk_of(volume) else { return Err(StoredFile::Missing) };
+        let image = store.disk_path(&record.name, &manifest.name, &disk.name);
+        let path = store.sums_path(&record.name, &manifest.name, &disk.name);
+        check_len(&image, disk.file_size)?;
+        if !path.exists() {
+            return Err(StoredFile::Missing);
+        }
+        let sums = Sums::open_checked(&path, &disk.sums_digest, cache.clone())
+            .map_err(|e| StoredFile::Damaged(e.to_string()))?;
+        if sums.info().image_len != disk.file_size || layers.len() > 200 {
+            return Err(StoredFile::Damaged(format!("{} is of another image", path.display())));
+        }
+        layers.push(Arc::new(sums));
+        let below = manifest.parent.as_ref().filter(|_| disk.depth > 1);
+        next = below.map(|p| p.id);
+    }
+    Ok(layers)
+}
+
+fn check_len(path: &Path, expected: u64) -> Result<(), StoredFile> {
+    match std::fs::metadata(path) {
+        Ok(meta) if meta.len() == expected => Ok(()),
+        Ok(meta) => Err(StoredFile::Damaged(format!("it is {} bytes long, not {expected}", meta.len()))),
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => Err(StoredFile::Missing),
+        Err(e) => Err(StoredFile::Damaged(e.to_string())),
+    }
+}
+
+fn stored(store: &Store, record: &VmRecord, volume: VolumeId, history: &[Manifest]) -> StoredFile {
+    match sums_chain(store, record, volume, history) {
+        Ok(_) => StoredFile::Sound,
+        Err(why) => why,
+    }
+}

@@ -1,0 +1,48 @@
+//! Why a backup was not taken.
+
+use crate::hypervisor::HypervisorError;
+use crate::store::{DiskName, StoreError, VmName};
+
+/// Why a backup was not taken; the VM is as before unless the error says otherwise.
+#[derive(Debug, thiserror::Error)]
+pub enum BackupError {
+    /// The store refused.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// The hypervisor refused.
+    #[error(transparent)]
+    Hypervisor(#[from] HypervisorError),
+    /// A disk could not be copied.
+    #[error("copying the disk {disk} failed: {source}")]
+    Copy {
+        /// The disk.
+        disk: DiskName,
+        /// Why.
+        source: knib_qcow::Error,
+    },
+    /// It cannot be done now.
+    #[error("cannot back up {vm}: {why}")]
+    Refused {
+        /// The VM.
+        vm: VmName,
+        /// Why, and what to do.
+        why: String,
+    },
+    /// Stopped because the caller asked.
+    #[error("no backup was made; the VM is as it was before")]
+    Cancelled,
+    /// What was begun could not be undone.
+    #[error("{error}; undoing what was begun failed as well: {undo}; run `knibfs recover`")]
+    NotUndone {
+        /// Why the backup failed.
+        error: Box<BackupError>,
+        /// Why it could not be undone.
+        undo: Box<BackupError>,
+    },
+}
+
+impl BackupError {
+    pub(super) fn refused(vm: &VmName, why: impl Into<String>) -> Self {
+        Self::Refused { vm: vm.clone(), why: why.into() }
+    }
+}
