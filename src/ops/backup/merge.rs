@@ -162,11 +162,10 @@ pub(crate) fn track(
         }
         let size = manifest.disk_of(disk.volume).map_or(0, |d| d.virtual_size);
         volumes.insert(disk.volume, VolumeTracking { images, virtual_size: size });
-        if let Some(volume) = record.volumes.iter_mut().find(|v| v.id == disk.volume) {
-            if let Some(live) = found.chain.first() {
-                volume.path.clone_from(&live.path);
-                volume.format = live.format;
-            }
+        let volume = record.volumes.iter_mut().find(|v| v.id == disk.volume);
+        if let (Some(volume), Some(live)) = (volume, found.chain.first()) {
+            volume.path.clone_from(&live.path);
+            volume.format = live.format;
         }
     }
     record.next_sequence = record.next_sequence.max(manifest.sequence.saturating_add(1));
