@@ -2,6 +2,7 @@
 
 mod backup;
 mod check;
+mod compress;
 mod export;
 mod init;
 mod list;
@@ -67,6 +68,8 @@ enum Command {
     Export(export::Args),
     /// Check that backups can be read, and are as they were written.
     Check(check::Args),
+    /// Compress a stored backup.
+    Compress(compress::Args),
     /// Mount the store as a read-only file system.
     Mount(mount::Args),
     /// Unmount a store, unless it is in use.
@@ -142,6 +145,7 @@ fn dispatch(context: &Context, command: Command) -> Outcome {
         Command::Show(args) => show::run(context, &args),
         Command::Export(args) => export::run(context, &args),
         Command::Check(args) => check::run(context, &args),
+        Command::Compress(args) => compress::run(context, &args),
         Command::Mount(args) => mount::run(context, &args),
         Command::Umount(args) => mount::run_umount(&args),
         #[cfg(feature = "libvirt")]

@@ -3,6 +3,7 @@
 pub mod add_vm;
 pub mod backup;
 pub mod check;
+pub mod compress;
 pub mod control;
 pub mod disk_source;
 pub mod export;
