@@ -7,9 +7,8 @@ use std::fs;
 use std::path::Path;
 use std::process::Command;
 
-use knibfs::ops::compress;
+use knibfs::store::Manifest;
 use knibfs::store::manifest::CompressionState;
-use knibfs::store::{Manifest, Operation};
 use mounted_store::{CLUSTER, Fixture, Layer, Shape, command};
 
 fn chain() -> Fixture {
@@ -111,13 +110,8 @@ fn killed_anywhere_it_is_the_old_or_the_new_backup() {
         if said.status.success() {
             break;
         }
-        let store = fixture.store.clone().with_state_dir(state.join(fixture.store.id().to_string()));
-        for journal in store.unfinished().unwrap() {
-            if let Operation::Compress(operation) = &journal.entry().operation {
-                compress::recover(&store, &fixture.vm.name, operation).unwrap();
-            }
-            journal.finish().unwrap();
-        }
+        let recovered = fixture.knibfs(&["recover"]);
+        assert!(recovered.status.success(), "{}", String::from_utf8_lossy(&recovered.stderr));
         assert_whole(&fixture);
         match manifest(&fixture, 0).compression {
             CompressionState::Uncompressed => ends.0 += 1,

@@ -3,9 +3,10 @@
 //! What is done follows from what is there (the domain's chain, the store's folders); the journal only says where to look.
 
 use super::backup::{BackupError, finish, merge, undo};
+use super::compress;
 use super::control::OpControl;
 use super::hypervisor;
-use crate::store::journal::{BackupOp, Journal, Operation};
+use crate::store::journal::{BackupOp, CompressOp, Journal, Operation};
 use crate::store::{Store, StoreError};
 
 /// What was done about one interrupted operation.
@@ -17,7 +18,7 @@ pub struct Recovered {
     pub done: String,
 }
 
-/// Finishes or undoes every interrupted backup. Those of a VM that is being worked on are left alone.
+/// Finishes or undoes every interrupted backup and compression. Those of a VM that is being worked on are left alone.
 ///
 /// # Errors
 /// The first that could not be recovered; the others were.
@@ -25,9 +26,12 @@ pub fn run(store: &Store, control: &OpControl<'_>) -> Result<Vec<Recovered>, Bac
     let mut all = Vec::new();
     let mut failed = None;
     for journal in store.unfinished()? {
-        let Operation::Backup(op) = journal.entry().operation.clone() else { continue };
         let vm = journal.entry().vm.clone();
-        match one(store, journal, &op, control) {
+        let outcome = match journal.entry().operation.clone() {
+            Operation::Backup(op) => one(store, journal, &op, control),
+            Operation::Compress(op) => compression(store, journal, &op),
+        };
+        match outcome {
             Ok(done) => all.push(Recovered { vm: vm.to_string(), done }),
             Err(BackupError::Store(busy @ StoreError::Busy { .. })) => control.warn(busy.to_string()),
             Err(error) => {
@@ -37,6 +41,18 @@ pub fn run(store: &Store, control: &OpControl<'_>) -> Result<Vec<Recovered>, Bac
         }
     }
     failed.map_or(Ok(all), Err)
+}
+
+fn compression(store: &Store, journal: Journal, op: &CompressOp) -> Result<String, BackupError> {
+    let vm = journal.entry().vm.clone();
+    let _lock = store.lock_vm(&vm, "recover")?;
+    // It may have been finished before the lock was free.
+    let Some(journal) = store.unfinished()?.into_iter().find(|j| j.entry().id == journal.entry().id) else {
+        return Ok("it was finished meanwhile".into());
+    };
+    compress::recover(store, &vm, op)?;
+    journal.finish()?;
+    Ok(format!("an interrupted compression of {vm}/{} was ended", op.name))
 }
 
 fn one(
