@@ -236,3 +236,23 @@ fn a_scan_that_is_killed_anywhere_is_recovered() {
 fn an_overlay_backup_that_is_killed_anywhere_is_recovered() {
     killed_anywhere("qcow2", "overlay");
 }
+
+#[test]
+fn a_backup_is_compressed_before_it_returns_where_the_offering_says_so() {
+    let lab = Lab { dir: tempfile::tempdir().unwrap() };
+    lab.ok(&["init", lab.path("store").to_str().unwrap()]);
+    lab.ok(&["offering", "create", "daily", "--compress"]);
+    tool("qemu-img", &["create", "-q", "-f", "raw", lab.disk().to_str().unwrap(), "16M"]);
+    lab.write("raw", "write -P 1 0 4M");
+    let disk = format!("root={}", lab.disk().display());
+    lab.ok(&["vm", "add", "web1", "--offering", "daily", "--disk", &disk]);
+    let plain = lab.backup(&["--no-wait"]);
+    assert_eq!(lab.manifest(&plain)["compression"], "Uncompressed");
+    lab.same("raw", &plain);
+    lab.write("raw", "write -P 2 8M 4M");
+    let packed = lab.backup(&[]);
+    assert_eq!(lab.manifest(&packed)["compression"], "Compressed");
+    assert!(lab.manifest(&packed)["disks"][0]["file_size"].as_u64().unwrap() < 1 << 20);
+    lab.same("raw", &packed);
+    lab.ok(&["check", "--read-data"]);
+}

@@ -127,6 +127,22 @@ pub fn run(
     }
 }
 
+/// What follows a backup: it is compressed where its VM's offering says so and the copy did not do it already. The
+/// backup stands whatever happens here, so trouble is a warning, and `knibfs compress` tries again.
+///
+/// # Errors
+/// The VM, its offering or the settings cannot be read.
+pub fn after_backup(store: &Store, manifest: Manifest, control: &OpControl<'_>) -> StoreResult<Manifest> {
+    let offering = store.vm(&manifest.vm)?.offering.map(|id| store.offering(id)).transpose()?;
+    if manifest.compression != CompressionState::Uncompressed || !offering.is_some_and(|o| o.compress) {
+        return Ok(manifest);
+    }
+    if let Err(error) = run(store, &manifest.vm, &manifest.name, control) {
+        control.warn(format!("{}/{} is not compressed: {error}", manifest.vm, manifest.name));
+    }
+    store.manifest(&manifest.vm, &manifest.name)
+}
+
 /// Ends a compression that was interrupted: where the manifest does not name the new files yet, the old ones are put
 /// back. The caller holds the VM's lock.
 ///
