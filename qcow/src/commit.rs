@@ -3,7 +3,7 @@
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use crate::chain::ExtentKind;
 use crate::rw::ImageMut;
@@ -77,23 +77,10 @@ fn copy(chain: &Chain, layers: usize, target: &mut Target, control: &Control) ->
                 target.write_at(&buf, at)?;
                 at += len;
                 copied += len;
-                pace(control, begun, copied)?;
+                control.pace(begun, copied)?;
             }
         }
         (control.progress)(at.min(size));
-    }
-    Ok(())
-}
-
-/// Waits until `done` bytes fit the rate, in small steps so that a cancel is noticed.
-fn pace(control: &Control, begun: Instant, done: u64) -> Result<()> {
-    let Some(rate) = control.rate_limit.filter(|r| *r > 0) else { return Ok(()) };
-    let due = Duration::from_secs_f64(done as f64 / rate as f64);
-    while let Some(left) = due.checked_sub(begun.elapsed()) {
-        if control.cancel.load(Ordering::Relaxed) {
-            return Err(Error::Cancelled);
-        }
-        std::thread::sleep(left.min(Duration::from_millis(100)));
     }
     Ok(())
 }

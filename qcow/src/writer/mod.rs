@@ -5,14 +5,15 @@ mod pipeline;
 mod raw;
 mod source;
 
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
 
 pub use layout::write_image;
 pub use raw::write_raw;
 pub use source::ChainSource;
 
 use crate::codec::Compression;
-use crate::{Format, Result};
+use crate::{Error, Format, Result};
 
 /// What a new image is to be: version 3, refcounts of 16 bits.
 #[derive(Clone, Debug)]
@@ -108,6 +109,21 @@ pub struct Control<'a> {
     pub cancel: &'a AtomicBool,
     /// Told how many guest bytes are done.
     pub progress: &'a (dyn Fn(u64) + Sync),
+}
+
+impl Control<'_> {
+    /// Waits until `done` bytes fit the rate, in small steps so that a cancel is noticed.
+    pub(crate) fn pace(&self, begun: Instant, done: u64) -> Result<()> {
+        let Some(rate) = self.rate_limit.filter(|r| *r > 0) else { return Ok(()) };
+        let due = Duration::from_secs_f64(done as f64 / rate as f64);
+        while let Some(left) = due.checked_sub(begun.elapsed()) {
+            if self.cancel.load(Ordering::Relaxed) {
+                return Err(Error::Cancelled);
+            }
+            std::thread::sleep(left.min(Duration::from_millis(100)));
+        }
+        Ok(())
+    }
 }
 
 /// What was written.

@@ -124,7 +124,7 @@ pub(super) fn run<S: Source, W, T: Send>(
                     if let Err(e) = r.and_then(|(t, done)| {
                         take(t)?;
                         (control.progress)(done);
-                        pace(control, begun, done)
+                        control.pace(begun, done)
                     }) {
                         result = Err(e);
                         break;
@@ -143,17 +143,4 @@ fn finish<T>(s: &mut State<T>, ready: &Condvar, seq: u64, result: Result<(T, u64
     s.taken += 1;
     s.stop = true;
     ready.notify_all();
-}
-
-/// Waits until `done` bytes fit the rate, in small steps so that a cancel is noticed.
-fn pace(control: &Control, begun: Instant, done: u64) -> Result<()> {
-    let Some(rate) = control.rate_limit.filter(|r| *r > 0) else { return Ok(()) };
-    let due = Duration::from_secs_f64(done as f64 / rate as f64);
-    while let Some(left) = due.checked_sub(begun.elapsed()) {
-        if control.cancel.load(Ordering::Relaxed) {
-            return Err(Error::Cancelled);
-        }
-        std::thread::sleep(left.min(Duration::from_millis(100)));
-    }
-    Ok(())
 }
