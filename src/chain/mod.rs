@@ -8,6 +8,7 @@ mod next;
 mod next_tests;
 mod reason;
 mod removal;
+pub mod restore;
 
 pub use next::{Method, Next, Plan, StoredFile, VolumeNow, VolumePlan, plan};
 pub use reason::Why;
