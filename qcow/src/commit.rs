@@ -7,21 +7,24 @@ use std::time::Instant;
 
 use crate::chain::ExtentKind;
 use crate::rw::ImageMut;
-use crate::{Access, Chain, Control, Error, FileStorage, Format, PlainPaths, Result, Storage};
+use crate::{
+    Access, Chain, Control, Error, FileStorage, Format, LockedPaths, Locking, PlainPaths, Result, Storage,
+};
 
 /// Guest bytes that are copied at once.
 const STEP: u64 = 1 << 20;
 
 /// Writes everything that the overlay holds (and the images between it and `base`) into `base`: a raw file, a block
 /// device or a qcow2 image, which is grown when it is smaller. Zeros become zeros without space. The overlay stays as
-/// it is, so that a commit that was cut or cancelled can be repeated; neither file may be in use. Durable on return.
+/// it is, so that a commit that was cut or cancelled can be repeated. Durable on return. QEMU's locks are held meanwhile:
+/// a writer's on the base, a reader's on all else.
 pub fn commit(overlay: &Path, base: &Path, base_format: Format, control: &Control) -> Result<()> {
     let chain = Chain::open(overlay, Format::Qcow2, &PlainPaths)?;
     let storage = FileStorage::open(base, Access::ReadWrite)?;
-    let layers = layers_above(&chain, &*storage, overlay)?;
+    let (layers, _locks) = layers_above(&chain, &*storage, overlay)?;
     let mut target = match base_format {
         Format::Raw => Target::Raw(storage),
-        Format::Qcow2 => Target::Qcow2(Box::new(ImageMut::open(storage, &PlainPaths)?)),
+        Format::Qcow2 => Target::Qcow2(Box::new(ImageMut::open(storage, &LockedPaths)?)),
     };
     target.grow(chain.size())?;
     let copied = copy(&chain, layers, &mut target, control);
@@ -31,14 +34,15 @@ pub fn commit(overlay: &Path, base: &Path, base_format: Format, control: &Contro
     copied
 }
 
-/// How many of the chain's newest layers stand on `base`.
-fn layers_above(chain: &Chain, base: &dyn Storage, overlay: &Path) -> Result<usize> {
-    let paths = chain.paths();
-    for (n, path) in paths.iter().enumerate().skip(1) {
+/// How many of the chain's newest layers stand on `base`, and those layers, locked.
+fn layers_above(chain: &Chain, base: &dyn Storage, overlay: &Path) -> Result<(usize, Vec<Arc<FileStorage>>)> {
+    let mut locked = Vec::new();
+    for (n, path) in chain.paths().iter().enumerate() {
         let same = FileStorage::open(path, Access::Read)?.identity();
-        if same.is_some() && same == base.identity() {
-            return Ok(n);
+        if n > 0 && same.is_some() && same == base.identity() {
+            return Ok((n, locked));
         }
+        locked.push(FileStorage::open_with(path, Access::Read, Locking::Reader)?);
     }
     Err(Error::refused(
         overlay,

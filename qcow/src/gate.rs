@@ -3,7 +3,7 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use crate::{Access, Error, FileStorage, Format, Result, Storage};
+use crate::{Access, Error, FileStorage, Format, Locking, Result, Storage};
 
 /// What a header names.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -37,35 +37,57 @@ impl Gate for PlainPaths {
         name: &str,
         format: Option<&str>,
     ) -> Result<(Arc<dyn Storage>, Format)> {
-        let protocol = name.split_once(':').is_some_and(|(p, _)| !p.contains('/'));
-        if protocol || name.is_empty() {
+        plain(from, kind, name, format, Locking::Off)
+    }
+}
+
+/// As [`PlainPaths`], with a reader's locks on every file, as QEMU takes them on backing files.
+pub struct LockedPaths;
+
+impl Gate for LockedPaths {
+    fn open(
+        &self,
+        from: &Path,
+        kind: Implicit,
+        name: &str,
+        format: Option<&str>,
+    ) -> Result<(Arc<dyn Storage>, Format)> {
+        plain(from, kind, name, format, Locking::Reader)
+    }
+}
+
+fn plain(
+    from: &Path,
+    kind: Implicit,
+    name: &str,
+    format: Option<&str>,
+    locking: Locking,
+) -> Result<(Arc<dyn Storage>, Format)> {
+    let protocol = name.split_once(':').is_some_and(|(p, _)| !p.contains('/'));
+    if protocol || name.is_empty() {
+        return Err(Error::refused(from, format!("its header names {name:?}, which is not a plain path")));
+    }
+    let format = match (kind, format) {
+        (Implicit::DataFile, _) => Format::Raw,
+        (Implicit::Backing, Some(f)) => Format::from_name(f).ok_or_else(|| {
+            Error::unsupported(
+                from,
+                format!("its backing file {name:?} is of format {f:?}: only raw and qcow2 are supported"),
+            )
+        })?,
+        (Implicit::Backing, None) => {
             return Err(Error::refused(
                 from,
-                format!("its header names {name:?}, which is not a plain path"),
+                format!(
+                    "it names the backing file {name:?} without its format, which is never guessed: set it with `qemu-img rebase -u -F FORMAT -b {name} {}`",
+                    from.display()
+                ),
             ));
         }
-        let format = match (kind, format) {
-            (Implicit::DataFile, _) => Format::Raw,
-            (Implicit::Backing, Some(f)) => Format::from_name(f).ok_or_else(|| {
-                Error::unsupported(
-                    from,
-                    format!("its backing file {name:?} is of format {f:?}: only raw and qcow2 are supported"),
-                )
-            })?,
-            (Implicit::Backing, None) => {
-                return Err(Error::refused(
-                    from,
-                    format!(
-                        "it names the backing file {name:?} without its format, which is never guessed: set it with `qemu-img rebase -u -F FORMAT -b {name} {}`",
-                        from.display()
-                    ),
-                ));
-            }
-        };
-        let path = from.parent().unwrap_or(Path::new(".")).join(name);
-        let storage = FileStorage::open(&path, Access::Read)?;
-        Ok((storage, format))
-    }
+    };
+    let path = from.parent().unwrap_or(Path::new(".")).join(name);
+    let storage = FileStorage::open_with(&path, Access::Read, locking)?;
+    Ok((storage, format))
 }
 
 /// Refuses every file that an image names.

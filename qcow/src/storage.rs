@@ -6,6 +6,7 @@ use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use crate::lock::{self, Locking};
 use crate::{Error, Result};
 
 /// Bytes at offsets; shared by threads.
@@ -54,17 +55,24 @@ pub struct FileStorage {
 }
 
 impl FileStorage {
-    /// Opens a file that exists.
+    /// Opens a file that exists: to read without locks, to write with a writer's ([`Error::InUse`] when another
+    /// process has it open).
     pub fn open(path: &Path, access: Access) -> Result<Arc<Self>> {
+        let locking = if access == Access::ReadWrite { Locking::Writer } else { Locking::Off };
+        Self::open_with(path, access, locking)
+    }
+
+    /// Opens a file that exists, with the locks that the caller wants on it until it is dropped.
+    pub fn open_with(path: &Path, access: Access, locking: Locking) -> Result<Arc<Self>> {
         let file = OpenOptions::new()
             .read(true)
             .write(access == Access::ReadWrite)
             .open(path)
             .map_err(|e| Error::io(path, "opening", e))?;
-        Self::from_file(file, path)
+        Self::from_file(file, path, locking)
     }
 
-    /// Makes a file that must not exist yet.
+    /// Makes a file that must not exist yet, with a writer's locks.
     pub fn create_new(path: &Path) -> Result<Arc<Self>> {
         let file = OpenOptions::new()
             .read(true)
@@ -72,10 +80,10 @@ impl FileStorage {
             .create_new(true)
             .open(path)
             .map_err(|e| Error::io(path, "creating", e))?;
-        Self::from_file(file, path)
+        Self::from_file(file, path, Locking::Writer)
     }
 
-    fn from_file(file: File, path: &Path) -> Result<Arc<Self>> {
+    fn from_file(file: File, path: &Path, locking: Locking) -> Result<Arc<Self>> {
         let meta = file.metadata().map_err(|e| Error::io(path, "reading the attributes", e))?;
         let block_device = meta.file_type().is_block_device();
         if !block_device && !meta.is_file() {
@@ -84,12 +92,14 @@ impl FileStorage {
                 "is neither a file nor a block device, so it cannot be an image",
             ));
         }
+        locking.take(&file, path)?;
         Ok(Arc::new(Self { file, path: path.to_owned(), block_device }))
     }
+}
 
-    /// The open file, for locks.
-    pub fn file(&self) -> &File {
-        &self.file
+impl Drop for FileStorage {
+    fn drop(&mut self) {
+        lock::release(&self.file);
     }
 }
 

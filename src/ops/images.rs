@@ -1,11 +1,8 @@
-//! The image engine for volumes that no QEMU has open, with QEMU's locks around what is written.
+//! The image engine for volumes that no QEMU has open. The engine takes QEMU's locks on what it writes.
 
-use std::fs::{File, OpenOptions};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use knib_qcow::{Chain, Control, FileStorage, Format, NewImage, PlainPaths};
-use nix::fcntl::{FcntlArg, fcntl};
-use nix::libc;
 
 use crate::hypervisor::{HypervisorError, ImageFormat, ImageRef, Images, JobControl, JobProgress, Result};
 use crate::store::atomic;
@@ -19,12 +16,7 @@ pub struct EngineImages;
 
 impl Images for EngineImages {
     fn check_unused(&self, image: &ImageRef) -> Result<()> {
-        let file = File::open(&image.path).map_err(io("open", &image.path))?;
-        // Whoever may write or resize it.
-        for permission in [WRITE, RESIZE] {
-            refuse_if_held(&file, &image.path, IN_USE + permission)?;
-        }
-        Ok(())
+        knib_qcow::check_unused(&image.path).map_err(engine("look for locks on", &image.path))
     }
 
     fn create_overlay(&self, path: &Path, backing: &ImageRef) -> Result<()> {
@@ -64,11 +56,6 @@ impl Images for EngineImages {
         control: &JobControl<'_>,
     ) -> Result<()> {
         let Some(top) = layers.first() else { return Ok(()) };
-        let _locks = layers
-            .iter()
-            .map(|layer| lock(&layer.path, false))
-            .chain([lock(&base.path, true)])
-            .collect::<Result<Vec<_>>>()?;
         let chain =
             Chain::open(&top.path, format(top.format), &PlainPaths).map_err(engine("merge", &top.path))?;
         let total = chain.size();
@@ -87,7 +74,6 @@ impl Images for EngineImages {
     }
 
     fn set_backing(&self, path: &Path, backing: &ImageRef) -> Result<()> {
-        let _lock = lock(path, true)?;
         knib_qcow::set_backing(path, Some(text(&backing.path)?), Some(format(backing.format)))
             .map_err(engine("change the backing file of", path))
     }
@@ -108,11 +94,6 @@ fn text(path: &Path) -> Result<&str> {
     })
 }
 
-fn io(doing: &'static str, path: &Path) -> impl FnOnce(std::io::Error) -> HypervisorError {
-    let path = path.to_owned();
-    move |source| HypervisorError::Io { doing, path, source }
-}
-
 fn engine(doing: &'static str, path: &Path) -> impl FnOnce(knib_qcow::Error) -> HypervisorError {
     let path = path.to_owned();
     move |error| match error {
@@ -121,62 +102,12 @@ fn engine(doing: &'static str, path: &Path) -> impl FnOnce(knib_qcow::Error) -> 
     }
 }
 
-// QEMU's block/file-posix.c: a permission in use is a shared lock on byte 100 + its bit, one that is not shared with
-// others a shared lock on byte 200 + its bit.
-const IN_USE: i64 = 100;
-const NOT_SHARED: i64 = 200;
-const CONSISTENT_READ: i64 = 0;
-const WRITE: i64 = 1;
-const RESIZE: i64 = 3;
-
-/// QEMU's locks on an image, given back when dropped.
-#[derive(Debug)]
-struct ImageLock {
-    _file: File,
-}
-
-/// Takes QEMU's locks for reading, or for writing, with no one else writing meanwhile.
-fn lock(path: &Path, write: bool) -> Result<ImageLock> {
-    let file = OpenOptions::new().read(true).open(path).map_err(io("open", path))?;
-    let used: &[i64] = if write { &[CONSISTENT_READ, WRITE, RESIZE] } else { &[CONSISTENT_READ] };
-    // First the own locks, then the look for others': two that begin at once both see each other.
-    for byte in used.iter().map(|p| IN_USE + p).chain([NOT_SHARED + WRITE, NOT_SHARED + RESIZE]) {
-        match fcntl(&file, FcntlArg::F_OFD_SETLK(&byte_lock(libc::F_RDLCK as libc::c_short, byte))) {
-            Ok(_) => {}
-            Err(nix::errno::Errno::EAGAIN | nix::errno::Errno::EACCES) => return Err(in_use(path)),
-            Err(e) => return Err(io("lock", path)(e.into())),
-        }
-    }
-    for permission in [WRITE, RESIZE] {
-        refuse_if_held(&file, path, IN_USE + permission)?;
-    }
-    for permission in used {
-        refuse_if_held(&file, path, NOT_SHARED + permission)?;
-    }
-    Ok(ImageLock { _file: file })
-}
-
-fn refuse_if_held(file: &File, path: &Path, byte: i64) -> Result<()> {
-    let mut asked = byte_lock(libc::F_WRLCK as libc::c_short, byte);
-    fcntl(file, FcntlArg::F_OFD_GETLK(&mut asked)).map_err(|e| io("look for locks on", path)(e.into()))?;
-    if asked.l_type == libc::F_UNLCK as libc::c_short { Ok(()) } else { Err(in_use(path)) }
-}
-
-fn byte_lock(kind: libc::c_short, byte: i64) -> libc::flock {
-    libc::flock { l_type: kind, l_whence: libc::SEEK_SET as libc::c_short, l_start: byte, l_len: 1, l_pid: 0 }
-}
-
-fn in_use(path: &Path) -> HypervisorError {
-    HypervisorError::InUse {
-        path: PathBuf::from(path),
-        who: "another process holds QEMU's lock on it".into(),
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use std::process::Command;
     use std::sync::atomic::AtomicBool;
+
+    use knib_qcow::Access;
 
     use super::*;
 
@@ -220,18 +151,25 @@ mod tests {
     #[test]
     fn an_image_that_someone_writes_is_refused() {
         let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("a.raw");
-        File::create(&path).unwrap().set_len(1 << 20).unwrap();
-        let found = image(&path, ImageFormat::Raw);
-        EngineImages.check_unused(&found).unwrap();
-        let held = lock(&path, true).unwrap();
-        assert!(matches!(EngineImages.check_unused(&found), Err(HypervisorError::InUse { .. })));
-        assert!(lock(&path, false).is_err(), "a writer shares with no reader");
+        let (base, top) = (dir.path().join("base.raw"), dir.path().join("top.qcow2"));
+        std::fs::File::create(&base).unwrap().set_len(1 << 20).unwrap();
+        let below = image(&base, ImageFormat::Raw);
+        EngineImages.create_overlay(&top, &below).unwrap();
+        let commit = || {
+            let control = JobControl { cancel: &AtomicBool::new(false), progress: &|_| {}, rate_limit: None };
+            EngineImages.commit("vda", &[image(&top, ImageFormat::Qcow2)], &below, &control)
+        };
+        let in_use = |result: Result<()>| assert!(matches!(result, Err(HypervisorError::InUse { .. })));
+        for (path, unused) in [(&base, &below), (&top, &image(&top, ImageFormat::Qcow2))] {
+            let held = FileStorage::open(path, Access::ReadWrite).unwrap();
+            in_use(EngineImages.check_unused(unused));
+            in_use(commit());
+            drop(held);
+            EngineImages.check_unused(unused).unwrap();
+        }
+        let held = FileStorage::open(&top, Access::ReadWrite).unwrap();
+        in_use(EngineImages.set_backing(&top, &below));
         drop(held);
-        let reading = lock(&path, false).unwrap();
-        EngineImages.check_unused(&found).unwrap();
-        assert!(lock(&path, true).is_err(), "a reader's backing file must not change");
-        drop((lock(&path, false).unwrap(), reading));
-        lock(&path, true).unwrap();
+        commit().unwrap();
     }
 }

@@ -94,7 +94,9 @@ impl ImageMut {
             (Some(name), true) => {
                 // The gate decides whether the file may be used; it opens to read only.
                 let (allowed, _) = gate.open(path, Implicit::DataFile, name, Some(Format::Raw.name()))?;
-                FileStorage::open(allowed.path(), Access::ReadWrite)? as Arc<dyn Storage>
+                let data = allowed.path().to_owned();
+                drop(allowed);
+                FileStorage::open(&data, Access::ReadWrite)? as Arc<dyn Storage>
             }
             (None, true) => {
                 return Err(Error::unsupported(path, "its external data file is not named in the header"));
