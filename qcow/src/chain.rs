@@ -249,6 +249,12 @@ impl Chain {
         Ok(found)
     }
 
+    /// Which file (device and inode) plain data lies in, and at which offset; `None` for all else.
+    pub(crate) fn place(&self, extent: &Extent) -> Option<((u64, u64), u64)> {
+        let ExtentKind::Data { layer, offset } = extent.kind else { return None };
+        Some((self.layers.get(layer)?.data().identity()?, offset))
+    }
+
     /// Reads `buf.len()` bytes of the guest's disk at `offset`.
     pub fn read_at(&self, buf: &mut [u8], offset: u64) -> Result<()> {
         let mut done = 0;

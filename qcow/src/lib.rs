@@ -1,9 +1,11 @@
 //! A qcow2 engine: reads hostile images and long chains, writes compressed clusters, changes images in place.
 
+pub mod bitmap;
 pub mod chain;
 mod check;
 pub mod codec;
 mod commit;
+mod compare;
 mod create;
 pub mod entry;
 mod error;
@@ -11,8 +13,10 @@ mod gate;
 pub mod header;
 mod image;
 mod lock;
+pub mod measure;
 mod refcount;
 mod rw;
+pub mod snapshot;
 mod storage;
 pub mod writer;
 
@@ -20,6 +24,7 @@ pub use chain::{Chain, Extent, ExtentKind};
 pub use check::{Report, check};
 pub use codec::Compression;
 pub use commit::commit;
+pub use compare::{Difference, compare};
 pub use create::{create, set_backing};
 pub use error::{Error, Result};
 pub use gate::{Gate, Implicit, LockedPaths, NoImplicit, PlainPaths};

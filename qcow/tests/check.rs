@@ -1,31 +1,23 @@
 //! Checks of metadata agree with `qemu-img check`, and images that were cut at any write are at worst leaky.
 #![allow(clippy::unwrap_used, clippy::panic, missing_docs)]
 
-use std::io;
-use std::path::{Path, PathBuf};
-use std::process::Command;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
+mod common;
+
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use common::volatile::Volatile;
+use common::{Random, s, tool};
 
 use knib_qcow::{
     Access, Chain, Control, Error, FileStorage, Format, Image, ImageMut, NoImplicit, PlainPaths, Report,
     Storage, check,
 };
 
-fn tool(name: &str, args: &[&str]) -> (i32, String) {
-    let out = Command::new(name).args(args).output();
-    let out = out.unwrap_or_else(|e| panic!("{name}: {e}; install qemu-utils (scripts/install-deps does)"));
-    let text = format!("{}{}", String::from_utf8_lossy(&out.stdout), String::from_utf8_lossy(&out.stderr));
-    (out.status.code().unwrap_or(-1), text)
-}
-
 fn ok(name: &str, args: &[&str]) {
     let (code, text) = tool(name, args);
     assert_eq!(code, 0, "{name} {args:?}: {text}");
-}
-
-fn s(path: &Path) -> &str {
-    path.to_str().unwrap()
 }
 
 fn report_of(storage: Arc<dyn Storage>) -> Result<Report, Error> {
@@ -103,16 +95,6 @@ fn a_refcount_too_high_is_a_leak_and_one_too_low_is_a_corruption() {
     }
 }
 
-struct Random(u64);
-impl Random {
-    fn below(&mut self, n: u64) -> u64 {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        self.0 % n
-    }
-}
-
 #[test]
 fn a_flipped_bit_in_the_tables_is_seen_as_qemu_sees_it() {
     let dir = tempfile::tempdir().unwrap();
@@ -150,102 +132,6 @@ fn a_check_can_be_cancelled() {
     let cancel = AtomicBool::new(true);
     let control = Control { threads: 1, rate_limit: None, cancel: &cancel, progress: &|_| {} };
     assert!(matches!(check(&image, &control), Err(Error::Cancelled)));
-}
-
-/// A file in memory that remembers what was written since the last sync.
-struct Volatile {
-    state: Mutex<State>,
-    ops: AtomicU64,
-    /// The power fails before operation number `cut`.
-    cut: u64,
-    path: PathBuf,
-}
-
-#[derive(Default)]
-struct State {
-    now: Vec<u8>,
-    durable: Vec<u8>,
-    pending: Vec<(u64, Vec<u8>)>,
-}
-
-fn apply(file: &mut Vec<u8>, at: u64, bytes: &[u8]) {
-    let end = at as usize + bytes.len();
-    if file.len() < end {
-        file.resize(end, 0);
-    }
-    file[at as usize..end].copy_from_slice(bytes);
-}
-
-impl Volatile {
-    fn new(bytes: Vec<u8>, cut: u64) -> Arc<Self> {
-        let state = State { now: bytes.clone(), durable: bytes, pending: Vec::new() };
-        Arc::new(Self { state: Mutex::new(state), ops: AtomicU64::new(0), cut, path: "volatile".into() })
-    }
-    fn op(&self) -> io::Result<()> {
-        if self.ops.fetch_add(1, Ordering::Relaxed) >= self.cut {
-            return Err(io::Error::other("the power failed"));
-        }
-        Ok(())
-    }
-    /// What is on the disk after the power failed: of what was not synced, any part, by sectors.
-    fn survivor(&self, random: &mut Random) -> Vec<u8> {
-        let state = self.state.lock().unwrap();
-        let mut file = state.durable.clone();
-        for (at, bytes) in &state.pending {
-            for (i, sector) in bytes.chunks(512).enumerate() {
-                if random.below(2) == 0 {
-                    apply(&mut file, at + i as u64 * 512, sector);
-                }
-            }
-        }
-        file
-    }
-}
-
-impl Storage for Volatile {
-    fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<usize> {
-        let state = self.state.lock().unwrap();
-        let from = (offset as usize).min(state.now.len());
-        let n = buf.len().min(state.now.len() - from);
-        buf[..n].copy_from_slice(&state.now[from..from + n]);
-        Ok(n)
-    }
-    fn write_at(&self, buf: &[u8], offset: u64) -> io::Result<()> {
-        self.op()?;
-        let mut state = self.state.lock().unwrap();
-        apply(&mut state.now, offset, buf);
-        state.pending.push((offset, buf.to_vec()));
-        Ok(())
-    }
-    fn len(&self) -> io::Result<u64> {
-        Ok(self.state.lock().unwrap().now.len() as u64)
-    }
-    fn set_len(&self, _: u64) -> io::Result<()> {
-        Err(io::Error::other("not used when an image is changed in place"))
-    }
-    fn sync(&self) -> io::Result<()> {
-        self.op()?;
-        let mut state = self.state.lock().unwrap();
-        state.durable = state.now.clone();
-        state.pending.clear();
-        Ok(())
-    }
-    fn punch(&self, offset: u64, len: u64) -> io::Result<()> {
-        let end = (offset + len).min(self.len()?);
-        if end > offset { self.write_at(&vec![0; (end - offset) as usize], offset) } else { Ok(()) }
-    }
-    fn next_data(&self, offset: u64) -> io::Result<Option<u64>> {
-        Ok(Some(offset))
-    }
-    fn next_hole(&self, _: u64) -> io::Result<u64> {
-        self.len()
-    }
-    fn identity(&self) -> Option<(u64, u64)> {
-        None
-    }
-    fn path(&self) -> &Path {
-        &self.path
-    }
 }
 
 /// Changes of every kind; each flushed state is handed to `flushed`.

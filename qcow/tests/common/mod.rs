@@ -1,0 +1,82 @@
+//! What the tests share: QEMU's tools as oracles, a source of chance, a disk that loses power.
+#![allow(dead_code, missing_docs)]
+
+pub mod volatile;
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::atomic::AtomicBool;
+
+use knib_qcow::{Chain, Control, Format, PlainPaths};
+
+pub fn s(path: &Path) -> &str {
+    path.to_str().unwrap()
+}
+
+/// Exit code, and what was printed.
+pub fn tool(name: &str, args: &[&str]) -> (i32, String) {
+    let out = Command::new(name).args(args).output();
+    let out = out.unwrap_or_else(|e| panic!("{name}: {e}; install qemu-utils (scripts/install-deps does)"));
+    let text = format!("{}{}", String::from_utf8_lossy(&out.stdout), String::from_utf8_lossy(&out.stderr));
+    (out.status.code().unwrap_or(-1), text)
+}
+
+pub fn qemu_img(args: &[&str]) -> String {
+    let (code, text) = tool("qemu-img", args);
+    assert_eq!(code, 0, "qemu-img {args:?}: {text}");
+    text
+}
+
+pub fn qemu_io(path: &Path, commands: &[&str]) {
+    let mut args = Vec::new();
+    for c in commands {
+        args.extend(["-c", c]);
+    }
+    args.push(s(path));
+    let (code, text) = tool("qemu-io", &args);
+    assert!(code == 0 && !text.contains("failed"), "qemu-io {args:?}: {text}");
+}
+
+/// QEMU finds nothing wrong with it, leaks included.
+pub fn checked(path: &Path) {
+    qemu_img(&["check", "-f", "qcow2", s(path)]);
+}
+
+pub struct Random(pub u64);
+impl Random {
+    pub fn next(&mut self) -> u64 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        self.0
+    }
+    pub fn below(&mut self, n: u64) -> u64 {
+        self.next() % n
+    }
+}
+
+pub fn temp() -> (tempfile::TempDir, impl Fn(&str) -> PathBuf) {
+    let dir = tempfile::tempdir().unwrap();
+    let at = dir.path().to_owned();
+    (dir, move |name: &str| at.join(name))
+}
+
+pub fn content(path: &Path, format: Format) -> Vec<u8> {
+    let chain = Chain::open(path, format, &PlainPaths).unwrap();
+    let mut bytes = vec![0; chain.size() as usize];
+    chain.read_at(&mut bytes, 0).unwrap();
+    bytes
+}
+
+/// QEMU and our reader see `model`.
+pub fn same_as_model(path: &Path, model: &[u8]) {
+    let raw = path.with_extension("model");
+    std::fs::write(&raw, model).unwrap();
+    qemu_img(&["compare", "-f", "qcow2", "-F", "raw", s(path), s(&raw)]);
+    assert!(content(path, Format::Qcow2) == model, "{}: our reader disagrees", path.display());
+}
+
+pub fn quiet<T>(work: impl FnOnce(&Control) -> T) -> T {
+    let cancel = AtomicBool::new(false);
+    work(&Control { threads: 2, rate_limit: None, cancel: &cancel, progress: &|_| {} })
+}
