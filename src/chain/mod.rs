@@ -9,10 +9,12 @@ mod next_tests;
 mod reason;
 mod removal;
 pub mod restore;
+mod trust;
 
 pub use next::{Method, Next, Plan, StoredFile, VolumeNow, VolumePlan, plan};
 pub use reason::Why;
 pub use removal::{Node, Refusal, Removal, removal, remove_all};
+pub use trust::{ForeignBase, foreign_base};
 
 /// "A chain is at most 200 images deep, primary's own layers included."
 pub const MAX_DEPTH: u32 = 200;

@@ -2,11 +2,14 @@
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
-use std::io::{self, Read as _};
+use std::io::{ErrorKind, Read as _};
 use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _};
 use std::path::{Path, PathBuf};
 
-use crate::hypervisor::Guest;
+use knib_qcow::{Chain, PlainPaths};
+
+use super::images::{self, EngineImages};
+use crate::hypervisor::{Guest, HypervisorError, ImageRef, Images as _};
 use crate::store::manifest::ImageFormat;
 use crate::store::vm::{Source, Track, Tracking, VmRecord, VmState, Volume};
 use crate::store::{DiskName, Store, StoreError, VmId, VmName, VolumeId};
@@ -236,7 +239,7 @@ fn look_at(
     track: Track,
 ) -> Result<(Volume, (u64, u64)), String> {
     let path = given.canonicalize().map_err(|e| match e.kind() {
-        io::ErrorKind::NotFound => "there is no such file".to_owned(),
+        ErrorKind::NotFound => "there is no such file".to_owned(),
         _ => e.to_string(),
     })?;
     if path.starts_with(store.root()) {
@@ -247,7 +250,8 @@ fn look_at(
     if !found.is_file() && !block_device {
         return Err("it is neither a file nor a block device".into());
     }
-    let format = probe(&path).map_err(|e| e.to_string())?;
+    let format = probe(&path)?;
+    check_image(&path, format)?;
     if track == Track::Overlay {
         if format != ImageFormat::Qcow2 || block_device {
             return Err("overlays need a qcow2 file under the disk's own path: use `--track scan`".into());
@@ -268,10 +272,52 @@ fn look_at(
 }
 
 /// Whether a file that a person named begins as qcow2 does; backing files are never probed.
-fn probe(path: &Path) -> io::Result<ImageFormat> {
-    let mut magic = Vec::new();
-    File::open(path)?.take(4).read_to_end(&mut magic)?;
-    Ok(if magic == *b"QFI\xfb" { ImageFormat::Qcow2 } else { ImageFormat::Raw })
+fn probe(path: &Path) -> Result<ImageFormat, String> {
+    let mut head = Vec::new();
+    File::open(path)
+        .and_then(|file| file.take(6).read_to_end(&mut head))
+        .map_err(|e| format!("it cannot be read: {e}"))?;
+    match &*head {
+        b"LUKS\xba\xbe" => Err(
+            "it is encrypted with LUKS: leave it out with `--exclude-disk`, or, if it is the guest that encrypted its whole disk, add the VM by its domain (`--domain`), which says that the disk is raw"
+                .into(),
+        ),
+        head if head.starts_with(b"QFI\xfb") => Ok(ImageFormat::Qcow2),
+        _ => Ok(ImageFormat::Raw),
+    }
+}
+
+/// Whether nobody writes to the image and all of its metadata, and what it stands on, can be read.
+fn check_image(path: &Path, format: ImageFormat) -> Result<(), String> {
+    let image = ImageRef { path: path.to_owned(), format };
+    EngineImages.check_unused(&image).map_err(|error| match error {
+        HypervisorError::InUse { who, .. } => format!(
+            "it is in use ({who}): stop the VM that runs on it, or add that VM by its domain with `--domain`"
+        ),
+        other => other.to_string(),
+    })?;
+    let map = |chain: Chain| {
+        if chain.size() == 0 {
+            let what = "it is empty: a disk has at least one byte; was it cut?";
+            return Err(knib_qcow::Error::Unsupported { path: path.to_owned(), what: what.into() });
+        }
+        let mut at = 0;
+        while at < chain.size() {
+            let extent = chain.extent_at(at)?;
+            at = extent.start.saturating_add(extent.len.max(1));
+        }
+        Ok(())
+    };
+    Chain::open(path, images::format(format), &PlainPaths).and_then(map).map_err(|error| match error {
+        knib_qcow::Error::Damaged { path: at, what } => {
+            let at = at.display();
+            let what =
+                if at.to_string() == path.display().to_string() { what } else { format!("{at}: {what}") };
+            format!("{what}; repair it first (`qemu-img check`, `qemu-img rebase`) or name another image")
+        }
+        knib_qcow::Error::Unsupported { what, .. } => what,
+        other => other.to_string(),
+    })
 }
 
 #[cfg(test)]

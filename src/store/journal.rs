@@ -193,7 +193,11 @@ impl Store {
         let local = self.local_journal_dir();
         fs::create_dir_all(&local).map_err(StoreError::io("create the folder", &local))?;
         let mut journal = Journal::of(self, entry);
-        journal.write()?;
+        if let Err(error) = journal.write() {
+            // Nothing is begun: one copy alone would say that something was.
+            let _ = atomic::remove(&journal.shared).and_then(|()| remove_local(&journal.local));
+            return Err(error);
+        }
         Ok(journal)
     }
 

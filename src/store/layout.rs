@@ -21,6 +21,8 @@ use super::{
 pub const FORMAT: u64 = 1;
 
 const CONFIG: &str = "knibfs.toml";
+/// The folders of a store.
+const PARTS: [&str; 4] = ["vms", "offerings", "journal", "leases"];
 const MANIFEST: &str = "manifest.json";
 const VM: &str = "vm.json";
 
@@ -62,21 +64,33 @@ pub struct Backups {
 impl Store {
     /// Makes a store in a new or empty folder.
     pub fn init(path: &Path, write_once: bool) -> StoreResult<Self> {
-        match fs::metadata(path) {
+        let new = match fs::metadata(path) {
             Ok(found) if !found.is_dir() => return Err(StoreError::NotADirectory { path: path.into() }),
-            Ok(_) => refuse_unless_empty(path)?,
+            Ok(_) => refuse_unless_empty(path).map(|()| false)?,
             Err(e) if e.kind() == io::ErrorKind::NotFound => fs::DirBuilder::new()
                 // Guests' disks are nobody else's business.
                 .mode(0o700)
                 .create(path)
-                .and_then(|()| fs::metadata(path).map(drop))
+                .map(|()| true)
                 .map_err(StoreError::io("create the folder", path))?,
             Err(e) => return Err(StoreError::io("look at", path)(e)),
-        }
+        };
+        Self::fill(path, write_once).inspect_err(|_| {
+            // What was begun is taken away again; only what is empty can be.
+            for part in PARTS {
+                let _ = fs::remove_dir(path.join(part));
+            }
+            if new {
+                let _ = fs::remove_dir(path);
+            }
+        })
+    }
+
+    fn fill(path: &Path, write_once: bool) -> StoreResult<Self> {
         let root = path.canonicalize().map_err(StoreError::io("look at", path))?;
         refuse_hard_names(&root)?;
         probe::probe(&root)?;
-        for part in ["vms", "offerings", "journal", "leases"] {
+        for part in PARTS {
             atomic::create_dir(&root.join(part))?;
         }
         let config = StoreConfig {
@@ -219,6 +233,8 @@ impl Store {
         let beside = self.vms_dir().join(format!(".new-{}", uuid::Uuid::new_v4()));
         let made = atomic::create_dir(&beside)
             .and_then(|()| record::write(&beside.join(VM), vm))
+            // There from the start, so that an operation that is refused adds no file.
+            .and_then(|()| atomic::write(&beside.join(super::lock::LOCK), b"", 0o644))
             .and_then(|()| atomic::rename(&beside, &place));
         made.map_err(|error| {
             let _ = fs::remove_dir_all(&beside);

@@ -6,12 +6,20 @@ use std::path::{Path, PathBuf};
 
 use super::{Store, StoreError, StoreResult, VmName};
 
-const LOCK: &str = ".lock";
+/// File name of a lock.
+pub(super) const LOCK: &str = ".lock";
 
 /// The exclusive right to change a VM's part of the store; given back when dropped.
 #[derive(Debug)]
 pub struct VmLock {
-    _file: File,
+    file: File,
+}
+
+impl Drop for VmLock {
+    /// A note of who holds it that outlives the holder would only mislead.
+    fn drop(&mut self) {
+        let _ = self.file.set_len(0);
+    }
 }
 
 /// The right to change what belongs to no VM: settings, offerings.
@@ -29,12 +37,18 @@ impl Store {
         let path = self.vm_dir(vm).join(LOCK);
         let file = open(&path)?;
         match file.try_lock() {
-            Ok(()) => Ok(VmLock { _file: note_holder(file, command) }),
+            Ok(()) => Ok(VmLock { file: note_holder(file, command) }),
             Err(TryLockError::WouldBlock) => {
                 Err(StoreError::Busy { what: format!("the VM {vm}"), holder: holder(&file, &path) })
             }
             Err(TryLockError::Error(e)) => Err(StoreError::io("lock", &path)(e)),
         }
+    }
+
+    /// Whether someone holds a VM's lock; changes nothing.
+    pub fn is_locked(&self, vm: &VmName) -> bool {
+        File::open(self.vm_dir(vm).join(LOCK))
+            .is_ok_and(|file| matches!(file.try_lock_shared(), Err(TryLockError::WouldBlock)))
     }
 
     /// Waits for and takes the lock on settings and offerings: it is only ever held for one small write.
@@ -91,7 +105,11 @@ mod tests {
         let refusal = store.lock_vm(&vm, "check web1").unwrap_err().to_string();
         assert!(refusal.contains("`knibfs backup web1`"), "{refusal}");
         assert!(refusal.contains(&format!("process {}", std::process::id())), "{refusal}");
+        assert!(store.is_locked(&vm));
         drop(held);
+        assert!(!store.is_locked(&vm));
+        let left = std::fs::read(store.vm_dir(&vm).join(super::LOCK)).unwrap();
+        assert_eq!(left, b"", "nobody holds it");
         store.lock_vm(&vm, "check web1").unwrap();
     }
 

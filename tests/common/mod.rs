@@ -6,5 +6,6 @@
 
 pub mod guest;
 pub mod guest_files;
+pub mod lab;
 pub mod qemu_images;
 pub mod stall;

@@ -5,7 +5,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use super::BackupError;
-use crate::chain::{Method, Next, Plan, StoredFile, VolumeNow, plan};
+use crate::chain::{Method, Next, Plan, StoredFile, VolumeNow, foreign_base, plan};
 use crate::hypervisor::{Guest, GuestVolume, ImageRef};
 use crate::ops::hypervisor::target;
 use crate::store::manifest::{Manifest, PrimaryImage};
@@ -69,7 +69,12 @@ pub(super) fn check(record: &VmRecord, guest: &Guest) -> Result<(), BackupError>
     }
     let excluded = |target: &str| record.exclude.iter().any(|name| name.as_str() == target);
     if let Some(refused) = guest.refused.iter().find(|r| !excluded(&r.target)) {
-        let why = format!("its disk {} {}; leave it out with --exclude-disk", refused.target, refused.reason);
+        let way_out = if record.volumes.iter().any(|v| target(v) == refused.target) {
+            "put back what is missing or was changed"
+        } else {
+            "detach it, or add the VM anew without it (`vm add --exclude-disk`)"
+        };
+        let why = format!("its disk {} {}; {way_out}, then try again", refused.target, refused.reason);
         return Err(BackupError::refused(vm, why));
     }
     Ok(())
@@ -102,6 +107,44 @@ pub(super) fn look(
     Ok(all)
 }
 
+/// Refuses a volume whose delta of ours stands on an image that it was not made on. An isolated backup takes the disk
+/// as it is, and the delta is ours no longer: the next backup of the chain is full.
+pub(super) fn check_bases(record: &VmRecord, taken: &mut [Taken], isolated: bool) -> Result<(), BackupError> {
+    for volume in taken {
+        let Some(left) = record.tracking.volumes.get(&volume.volume.id) else { continue };
+        let Some(foreign) = foreign_base(left, &volume.now.images) else { continue };
+        if !isolated {
+            let name = &volume.volume.name;
+            let vm = &record.name;
+            let why = format!(
+                "the disk {name} may not hold what its guest wrote: {foreign}; put the right image back, or, if the disk is right as it is, take it so with `knibfs backup {vm} --isolated`, after which the next backup is full"
+            );
+            return Err(BackupError::refused(vm, why));
+        }
+        volume.now.images.iter_mut().for_each(|image| image.owner = None);
+    }
+    Ok(())
+}
+
+/// Deltas of ours that another tool took out of their chains, in words. They may hold data: nobody deletes them.
+pub(super) fn left_behind(record: &VmRecord, taken: &[Taken]) -> Vec<String> {
+    let mut notes = Vec::new();
+    for volume in taken {
+        let left = record.tracking.volumes.get(&volume.volume.id).map(|l| l.images.as_slice());
+        for delta in left.unwrap_or_default().iter().filter(|image| image.owner.is_some()) {
+            let gone = volume.now.images.iter().all(|image| image.path != delta.path);
+            if gone && delta.path.exists() {
+                notes.push(format!(
+                    "{}, a delta of knibfs, is no part of the disk {} any more, as another tool took it out: delete it when you know that nothing needs it",
+                    delta.path.display(),
+                    volume.volume.name
+                ));
+            }
+        }
+    }
+    notes
+}
+
 /// Decides what each volume will be.
 pub(super) fn decide(
     record: &VmRecord,
@@ -125,7 +168,17 @@ fn images(record: &VmRecord, id: VolumeId, found: &GuestVolume) -> Result<Vec<Pr
     let left = record.tracking.volumes.get(&id).map(|t| t.images.as_slice()).unwrap_or_default();
     let mut images = Vec::new();
     for image in &found.chain {
-        let mut seen = primary(image)?;
+        let mut seen = match primary(image) {
+            Err(BackupError::Store(gone)) if gone.is_not_found() => {
+                let why = format!(
+                    "{}, an image of its disk {}, is gone: put it back, or, while the VM runs and still has it open, copy the disk to a new file with `virsh blockcopy`",
+                    image.path.display(),
+                    found.target
+                );
+                return Err(BackupError::refused(&record.name, why));
+            }
+            seen => seen?,
+        };
         seen.owner = left
             .iter()
             .find(|i| i.path == seen.path && (i.device, i.inode) == (seen.device, seen.inode))

@@ -13,7 +13,7 @@ pub enum BackupError {
     #[error(transparent)]
     Hypervisor(#[from] HypervisorError),
     /// A disk could not be copied.
-    #[error("copying the disk {disk} failed: {source}")]
+    #[error("copying the disk {disk} failed: {source}{}; nothing was changed", way_out(source))]
     Copy {
         /// The disk.
         disk: DiskName,
@@ -44,5 +44,18 @@ pub enum BackupError {
 impl BackupError {
     pub(super) fn refused(vm: &VmName, why: impl Into<String>) -> Self {
         Self::Refused { vm: vm.clone(), why: why.into() }
+    }
+}
+
+fn way_out(error: &knib_qcow::Error) -> String {
+    use std::io::ErrorKind;
+    match error {
+        knib_qcow::Error::Io { path, source, .. }
+            if matches!(source.kind(), ErrorKind::StorageFull | ErrorKind::QuotaExceeded) =>
+        {
+            format!("; free space where {} lies, then try again", path.display())
+        }
+        knib_qcow::Error::Damaged { .. } => "; repair the image first (`qemu-img check`)".into(),
+        _ => String::new(),
     }
 }

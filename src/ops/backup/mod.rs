@@ -20,7 +20,7 @@ use super::control::OpControl;
 use super::{hypervisor, images};
 use crate::chain::{Method, Plan};
 use crate::failpoint;
-use crate::hypervisor::{Guest, GuestVolume, Hypervisor, ImageRef, Images as _, NewOverlay, Quiesce};
+use crate::hypervisor::{Guest, GuestVolume, Hypervisor, ImageRef, Images as _, NewOverlay, Power, Quiesce};
 use crate::store::journal::{BackupOp, BackupStep, DiskOp, Journal, Operation, Outcome};
 use crate::store::manifest::{BackupState, CompressionState, Manifest, Skipped, ValidationState};
 use crate::store::vm::VmState;
@@ -29,6 +29,8 @@ use before::Taken;
 
 /// How long a guest may take to freeze its file systems.
 const FREEZE: Duration = Duration::from_secs(30);
+/// How long its agent may take to answer.
+const AGENT: Duration = Duration::from_secs(10);
 
 /// How a backup is to be taken.
 #[derive(Debug, Clone, Copy, Default)]
@@ -83,9 +85,14 @@ impl Run<'_> {
     fn take(&mut self) -> Result<Manifest, BackupError> {
         let guest = self.hypervisor.inspect()?;
         before::check(&self.record, &guest)?;
+        if self.options.quiesce && guest.power != Power::Off {
+            // Before anything is begun: most guests that cannot freeze have no agent.
+            self.hypervisor.agent_ping(AGENT)?;
+        }
         before::refresh(&mut self.record, &guest)?;
         let history = self.store.backups(&self.record.name)?.manifests;
-        let taken = before::look(self.store, &self.record, &guest, &history)?;
+        let mut taken = before::look(self.store, &self.record, &guest, &history)?;
+        before::check_bases(&self.record, &mut taken, self.options.isolated)?;
         let offering = self.record.offering.map(|id| self.store.offering(id)).transpose()?;
         let chain_size = match offering.as_ref().and_then(|o| o.chain_size) {
             Some(size) => size,
@@ -93,7 +100,7 @@ impl Run<'_> {
         };
         let plan = before::decide(&self.record, chain_size, self.options.isolated, &history, &taken);
         let method = before::method(&self.record);
-        if method == Method::Scan {
+        if guest.power == Power::Off {
             for image in taken.iter().filter_map(|t| t.now.images.first()) {
                 let image = ImageRef { path: image.path.clone(), format: image.format };
                 images::EngineImages.check_unused(&image)?;
@@ -223,7 +230,9 @@ impl Run<'_> {
             failpoint::hit("backup-copied");
         }
         self.stopped()?;
-        notes.retain(|n| !n.is_empty());
+        let left = before::left_behind(record, taken);
+        left.iter().for_each(|note| self.control.warn(note.as_str()));
+        notes.extend(left);
         let skipped =
             guest.skipped.iter().map(|s| Skipped { disk: s.target.clone(), reason: s.reason.clone() });
         let excluded = record
