@@ -2,6 +2,7 @@
 //!
 //! Rows that a rule comes from are rows of the tables in the requirements: "Backups", "Removal", "States".
 
+pub mod deltas;
 pub mod drawing;
 mod next;
 #[cfg(test)]

@@ -16,6 +16,8 @@ pub struct Node {
     pub removed: bool,
     /// Nothing may stand on it.
     pub end_of_chain: bool,
+    /// Its manifest can be read, so that its state can be changed.
+    pub readable: bool,
 }
 
 impl From<&Manifest> for Node {
@@ -26,6 +28,7 @@ impl From<&Manifest> for Node {
             sequence: m.sequence,
             removed: m.state == BackupState::Removed,
             end_of_chain: m.end_of_chain,
+            readable: true,
         }
     }
 }
@@ -55,6 +58,9 @@ pub enum Refusal {
     /// It is hidden already.
     #[error("it is removed already: it is kept only for the backups that stand on it")]
     AlreadyRemoved,
+    /// Row "it has a living child", but its manifest is damaged: it cannot be marked.
+    #[error("its manifest is damaged, and other backups stand on it: remove those first, or with it")]
+    StoodOn,
     /// Row "in use": refused, naming the user of it.
     #[error("it, or a removed backup that would be deleted with it, is in use: {user}")]
     InUse {
@@ -80,7 +86,7 @@ pub fn removal(
     }
     // A hidden child is only there because something living stands on it.
     if nodes.iter().any(|n| n.parent == Some(target)) {
-        return Ok(Removal::Hide);
+        return if node.readable { Ok(Removal::Hide) } else { Err(Refusal::StoodOn) };
     }
     let mut delete = vec![target];
     let mut above = node.parent.and_then(find);
@@ -158,6 +164,7 @@ mod tests {
                     sequence,
                     removed: false,
                     end_of_chain: false,
+                    readable: true,
                 });
             }
         }
@@ -212,6 +219,18 @@ mod tests {
         assert!(refusal.to_string().contains("mounted at /mnt"));
         assert_eq!(removal(&nodes, current, used, &nobody), Err(Refusal::AlreadyRemoved));
         assert_eq!(removal(&nodes, current, BackupId::random(), &nobody), Err(Refusal::Unknown));
+    }
+
+    #[test]
+    fn a_damaged_backup_is_deleted_but_never_hidden() {
+        let (mut nodes, _) = chains(&[2]);
+        nodes[0].readable = false;
+        let (damaged, child) = (nodes[0].id, nodes[1].id);
+        assert_eq!(removal(&nodes, None, damaged, &nobody), Err(Refusal::StoodOn));
+        let steps = remove_all(&nodes, None, &[damaged, child], &nobody);
+        let deleted = |id| Ok(Removal::Delete { merge_deltas: false, delete: vec![id], ends_chain: None });
+        assert_eq!(steps[1], (damaged, deleted(damaged)));
+        assert_eq!(steps[0].0, child);
     }
 
     fn check_invariants(nodes: &[Node]) -> Result<(), TestCaseError> {

@@ -12,6 +12,7 @@ mod operation;
 mod output;
 mod progress;
 mod recover;
+mod remove;
 mod setting;
 mod show;
 mod signals;
@@ -68,6 +69,8 @@ enum Command {
     Export(export::Args),
     /// Check that backups can be read, and are as they were written.
     Check(check::Args),
+    /// Remove backups: any set, in any order.
+    Remove(remove::Args),
     /// Compress a stored backup.
     Compress(compress::Args),
     /// Mount the store as a read-only file system.
@@ -145,6 +148,7 @@ fn dispatch(context: &Context, command: Command) -> Outcome {
         Command::Show(args) => show::run(context, &args),
         Command::Export(args) => export::run(context, &args),
         Command::Check(args) => check::run(context, &args),
+        Command::Remove(args) => remove::run(context, &args),
         Command::Compress(args) => compress::run(context, &args),
         Command::Mount(args) => mount::run(context, &args),
         Command::Umount(args) => mount::run_umount(&args),

@@ -3,9 +3,11 @@
 use std::fmt::Write as _;
 use std::path::PathBuf;
 
+use super::operation::operate;
 use super::output::table;
 use super::{Context, Outcome};
 use crate::ops::add_vm::{self, NewVm};
+use crate::ops::release;
 use crate::store::vm::{Source, Track, VmState};
 use crate::store::{DiskName, Store, StoreResult, VmName, VmRecord};
 
@@ -17,6 +19,18 @@ pub enum Command {
     List,
     /// Show what is known of a VM.
     Show {
+        /// The VM.
+        vm: VmName,
+    },
+    /// Assign a VM to an offering.
+    Assign {
+        /// The VM.
+        vm: VmName,
+        /// The offering, by name or id.
+        offering: String,
+    },
+    /// Take a VM off its offering: its deltas on primary are merged, and the next backup is full.
+    Unassign {
         /// The VM.
         vm: VmName,
     },
@@ -97,6 +111,16 @@ pub fn run(context: &Context, command: Command) -> Outcome {
         Command::Add(args) => add(context, &store, args),
         Command::List => list(context, &store),
         Command::Show { vm } => show(context, &store, &vm),
+        Command::Assign { vm, offering } => {
+            let record = release::assign(&store, &vm, &offering)?;
+            context.out.print(&record, String::new)?;
+            Ok(())
+        }
+        Command::Unassign { vm } => {
+            let record = operate(|control| release::unassign(&store, &vm, control))?;
+            context.out.print(&record, String::new)?;
+            Ok(())
+        }
     }
 }
 

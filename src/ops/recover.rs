@@ -5,9 +5,9 @@
 use super::backup::{BackupError, finish, merge, undo};
 use super::compress;
 use super::control::OpControl;
-use super::hypervisor;
+use super::{hypervisor, release, remove};
 use crate::store::journal::{BackupOp, CompressOp, Journal, Operation};
-use crate::store::{Store, StoreError};
+use crate::store::{Store, StoreError, VmName};
 
 /// What was done about one interrupted operation.
 #[derive(Debug, Clone, serde::Serialize)]
@@ -30,6 +30,12 @@ pub fn run(store: &Store, control: &OpControl<'_>) -> Result<Vec<Recovered>, Bac
         let outcome = match journal.entry().operation.clone() {
             Operation::Backup(op) => one(store, journal, &op, control),
             Operation::Compress(op) => compression(store, journal, &op),
+            Operation::Remove(_) => locked(store, journal, |journal| {
+                remove::recover(store, journal, control).map_err(BackupError::from)
+            }),
+            Operation::Release(_) => {
+                locked(store, journal, |journal| release::recover(store, journal, control))
+            }
         };
         match outcome {
             Ok(done) => all.push(Recovered { vm: vm.to_string(), done }),
@@ -40,7 +46,55 @@ pub fn run(store: &Store, control: &OpControl<'_>) -> Result<Vec<Recovered>, Bac
             }
         }
     }
+    for vm in store.vms()? {
+        match strays(store, &vm) {
+            Ok(done) => all.extend(done.into_iter().map(|done| Recovered { vm: vm.to_string(), done })),
+            Err(StoreError::Busy { .. }) => {}
+            Err(error) => control.warn(format!("{vm}: {error}")),
+        }
+    }
     failed.map_or(Ok(all), Err)
+}
+
+/// Takes the VM's lock and goes on, unless the operation was finished before the lock was free.
+fn locked(
+    store: &Store,
+    journal: Journal,
+    go_on: impl FnOnce(Journal) -> Result<String, BackupError>,
+) -> Result<String, BackupError> {
+    let _lock = store.lock_vm(&journal.entry().vm, "recover")?;
+    match store.unfinished()?.into_iter().find(|j| j.entry().id == journal.entry().id) {
+        Some(journal) => go_on(journal),
+        None => Ok("it was finished meanwhile".into()),
+    }
+}
+
+/// Backups that were being deleted and of which no journal tells: whole ones are put back, the others deleted.
+fn strays(store: &Store, vm: &VmName) -> Result<Vec<String>, StoreError> {
+    if store.trashes(vm)?.is_empty() {
+        return Ok(Vec::new());
+    }
+    let _lock = store.lock_vm(vm, "recover")?;
+    let mut done = Vec::new();
+    if store.unfinished()?.iter().any(|j| j.entry().vm == *vm) {
+        return Ok(done);
+    }
+    for trash in store.trashes(vm)? {
+        match trash.manifest() {
+            Ok(manifest) => {
+                trash.put_back(store, &manifest.name)?;
+                done.push(format!(
+                    "the backup {vm}/{} was put back: its deletion had not begun",
+                    manifest.name
+                ));
+            }
+            Err(_) => {
+                trash.empty()?;
+                done.push(format!("what was left of a deleted backup of {vm} was deleted"));
+            }
+        }
+    }
+    Ok(done)
 }
 
 fn compression(store: &Store, journal: Journal, op: &CompressOp) -> Result<String, BackupError> {

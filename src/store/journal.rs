@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
+use super::journal_removal::{ReleaseOp, RemoveOp};
 use super::lock::hostname;
 use super::manifest::{Kind, PrimaryImage};
 use super::vm::Tracking;
@@ -44,6 +45,10 @@ pub enum Operation {
     Backup(BackupOp),
     /// Compressing a stored backup.
     Compress(CompressOp),
+    /// Removing backups of a VM.
+    Remove(RemoveOp),
+    /// Ending a VM's chain: its deltas are merged.
+    Release(ReleaseOp),
 }
 
 /// A backup under way.
@@ -176,11 +181,22 @@ pub struct Journal {
     entry: Entry,
     local: PathBuf,
     shared: PathBuf,
+    /// The operation frees room: a store without any must not stop it.
+    goes_on_when_full: bool,
 }
 
 impl Store {
     /// Begins an operation: returns once it is written down in both places. The caller holds the VM's lock.
     pub fn begin(&self, vm: &VmName, operation: Operation) -> StoreResult<Journal> {
+        self.begin_as(vm, operation, false)
+    }
+
+    /// As `begin`, for what frees room: where the store is full, the copy on this host has to do.
+    pub fn begin_freeing(&self, vm: &VmName, operation: Operation) -> StoreResult<Journal> {
+        self.begin_as(vm, operation, true)
+    }
+
+    fn begin_as(&self, vm: &VmName, operation: Operation, freeing: bool) -> StoreResult<Journal> {
         let entry = Entry {
             id: OpId::random(),
             revision: 0,
@@ -192,10 +208,10 @@ impl Store {
         };
         let local = self.local_journal_dir();
         fs::create_dir_all(&local).map_err(StoreError::io("create the folder", &local))?;
-        let mut journal = Journal::of(self, entry);
+        let mut journal = Journal { goes_on_when_full: freeing, ..Journal::of(self, entry) };
         if let Err(error) = journal.write() {
-            // Nothing is begun: one copy alone would say that something was.
-            let _ = atomic::remove(&journal.shared).and_then(|()| remove_local(&journal.local));
+            // Nothing was begun, so nothing may be found unfinished.
+            let _ = journal.finish();
             return Err(error);
         }
         Ok(journal)
@@ -248,7 +264,9 @@ pub fn state_dir() -> PathBuf {
 impl Journal {
     fn of(store: &Store, entry: Entry) -> Self {
         let file = format!("{}.json", entry.id);
-        Self { local: store.local_journal_dir().join(&file), shared: store.journal_dir().join(&file), entry }
+        let (local, shared) = (store.local_journal_dir().join(&file), store.journal_dir().join(&file));
+        let goes_on_when_full = matches!(entry.operation, Operation::Remove(_));
+        Self { local, shared, entry, goes_on_when_full }
     }
 
     /// What is written down.
@@ -275,14 +293,24 @@ impl Journal {
     fn write(&mut self) -> StoreResult<()> {
         self.entry.revision = self.entry.revision.saturating_add(1);
         record::write(&self.local, &self.entry)?;
-        record::write(&self.shared, &self.entry)
+        match record::write(&self.shared, &self.entry) {
+            Err(error) if self.goes_on_when_full && error.is_full() => {
+                tracing::debug!("the journal goes on in {} only: {error}", self.local.display());
+                Ok(())
+            }
+            written => written,
+        }
     }
 
     /// The operation is finished or undone: nothing is left to recover.
     pub fn finish(self) -> StoreResult<()> {
         // The other order would let a crash in between bring a finished operation back from the store alone,
         // on any host; a left local copy is only ever seen here.
-        atomic::remove(&self.shared)?;
+        let shared = atomic::remove(&self.shared);
+        // A store that refuses to be written has no copy to delete.
+        if shared.is_err() && self.shared.exists() {
+            return shared;
+        }
         remove_local(&self.local)
     }
 }
@@ -330,7 +358,7 @@ mod tests {
     fn step(journal: &Journal) -> BackupStep {
         match &journal.entry().operation {
             Operation::Backup(op) => op.step,
-            Operation::Compress(_) => panic!("it was a backup"),
+            _ => panic!("it was a backup"),
         }
     }
 

@@ -7,6 +7,7 @@ pub mod atomic;
 mod error;
 pub mod ids;
 pub mod journal;
+pub mod journal_removal;
 #[cfg(test)]
 pub(crate) use layout::tests as layout_fixtures;
 mod layout;
@@ -20,6 +21,7 @@ mod record;
 pub mod settings;
 pub mod staging;
 pub mod sums;
+mod trash;
 pub mod vm;
 
 pub use error::{StoreError, StoreResult};
@@ -34,4 +36,5 @@ pub use offering::Offering;
 pub use record::Record;
 pub use settings::Settings;
 pub use staging::Staging;
+pub use trash::Trash;
 pub use vm::VmRecord;

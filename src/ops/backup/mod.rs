@@ -14,6 +14,7 @@ use std::time::Duration;
 
 use jiff::Timestamp;
 
+pub(crate) use before::primary;
 pub use error::BackupError;
 
 use super::control::OpControl;
