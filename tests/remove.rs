@@ -285,6 +285,22 @@ fn a_primary_that_is_gone_refuses_the_current_one_unless_forced() {
 }
 
 #[test]
+fn a_delta_on_an_image_that_it_was_not_made_on_is_never_merged() {
+    let lab = Lab::new("overlay");
+    let b = lab.backups(2);
+    let base = lab.path(&lab.deltas()[0]);
+    let bytes = std::fs::read(&base).unwrap();
+    std::fs::rename(&base, lab.path("right.img")).unwrap();
+    std::fs::write(&base, &bytes).unwrap();
+    let said = lab.fails(&["remove", &b[1]]);
+    assert!(said.contains("another file than the one that it was made on"), "{said}");
+    assert_eq!((std::fs::read(&base).unwrap(), lab.listed("web1")), (bytes, b.clone()));
+    std::fs::rename(lab.path("right.img"), &base).unwrap();
+    lab.ok(&["remove", &b[1]]);
+    assert_eq!(lab.deltas(), Vec::<String>::new());
+}
+
+#[test]
 fn what_is_not_there_is_said_and_changes_nothing() {
     let lab = Lab::new("scan");
     let b = lab.backup();

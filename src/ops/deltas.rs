@@ -7,6 +7,7 @@ use super::backup::{BackupError, merge, primary};
 use super::control::OpControl;
 use super::hypervisor::target;
 use crate::chain::deltas::merges;
+use crate::chain::foreign_base;
 use crate::failpoint;
 use crate::hypervisor::{Guest, GuestVolume, Hypervisor};
 use crate::store::journal::{Journal, Merge, Operation, Outcome};
@@ -27,7 +28,14 @@ pub fn plan(record: &VmRecord, guest: &Guest) -> Result<Vec<VolumeDeltas>, Backu
             return Err(StoreError::Invalid(what).into());
         }
         let Some(found) = guest.volumes.iter().find(|v| v.target == target) else { continue };
-        let steps = merges(&owned_images(record, volume.id, found)?);
+        let images = owned_images(record, volume.id, found)?;
+        if let Some(foreign) = known.and_then(|left| foreign_base(left, &images)) {
+            let what = format!(
+                "the disk {target} may not hold what its guest wrote: {foreign}; put the right image back"
+            );
+            return Err(StoreError::Invalid(what).into());
+        }
+        let steps = merges(&images);
         let merges = steps
             .into_iter()
             .map(|s| Merge { top: s.top, base: s.base, outcome: Outcome::Pending })
@@ -119,6 +127,13 @@ pub fn end_tracking(record: &mut VmRecord, guest: Option<&Guest>) -> Result<(), 
     }
     record.tracking = Tracking { current: None, end_of_chain: true, volumes: left };
     Ok(())
+}
+
+/// Deltas that are no part of their disks any more, as another tool took them out. They may hold data: nobody deletes them.
+pub fn left_behind(record: &VmRecord, planned: &[VolumeDeltas]) -> Vec<PathBuf> {
+    let merged = |path: &PathBuf| planned.iter().flat_map(|v| &v.merges).any(|m| m.top == *path);
+    let live = |path: &PathBuf| record.volumes.iter().any(|v| v.path == *path);
+    known_paths(record).into_iter().filter(|p| !merged(p) && !live(p) && p.exists()).collect()
 }
 
 /// Paths of deltas that the record knows.

@@ -64,6 +64,7 @@ struct Part<'a> {
     hypervisor: Option<std::sync::Arc<dyn Hypervisor>>,
     op: RemoveOp,
     note: Option<String>,
+    left_behind: Vec<PathBuf>,
 }
 
 /// Removes any set of backups, in any order. Either all of them are removed or, where one is refused, none.
@@ -108,8 +109,16 @@ fn part<'a>(
     }
     let record = store.vm(vm)?;
     let Decided { mut op, merges_for } = decide::decide(store, &record, names, forced)?;
-    let mut part =
-        Part { store, vm: vm.clone(), _lock: lock, hypervisor: None, note: None, op: op.clone(), record };
+    let mut part = Part {
+        store,
+        vm: vm.clone(),
+        _lock: lock,
+        hypervisor: None,
+        note: None,
+        left_behind: Vec::new(),
+        op: op.clone(),
+        record,
+    };
     if let Some(current) = merges_for {
         match part.deltas() {
             Ok(deltas) => op.deltas = Some(deltas),
@@ -141,6 +150,7 @@ impl Part<'_> {
         let hypervisor = hypervisor::of(&self.record)?;
         let planned = deltas::plan(&self.record, &hypervisor.inspect()?)?;
         self.hypervisor = Some(hypervisor);
+        self.left_behind = deltas::left_behind(&self.record, &planned);
         Ok(planned)
     }
 
@@ -159,6 +169,12 @@ impl Part<'_> {
         }
         journal.update(decided)?;
         failpoint::hit("remove-decided");
+        for path in &self.left_behind {
+            done.notes.push(format!(
+                "{} is no part of its disk any more, as another tool took it out: delete it when you know that nothing needs it",
+                path.display()
+            ));
+        }
         if let Some(note) = self.note.take() {
             done.left.extend(deltas::known_paths(&self.record));
             done.notes.push(note);
