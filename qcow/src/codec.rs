@@ -114,6 +114,11 @@ impl Compressor {
         Ok(Self { how, zstd, deflate })
     }
 
+    /// Its codec.
+    pub fn kind(&self) -> CompressionType {
+        self.how.kind
+    }
+
     /// Appends the compressed cluster to `out` and says how long it is; `None` (and `out` as before) when it would not
     /// be shorter than the cluster.
     pub fn compress(&mut self, guest: &[u8], out: &mut Vec<u8>) -> Result<Option<usize>, String> {

@@ -6,6 +6,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use crate::header::{self, EXT_BACKING_FORMAT, incompatible};
+use crate::refcount;
 use crate::storage::read_exact;
 use crate::writer::NewImage;
 use crate::{Access, CompressionType, Error, FileStorage, Format, Header, Result, Storage};
@@ -15,14 +16,66 @@ const HEADER_LENGTH: usize = 112;
 /// Longest name of a backing file in bytes.
 const NAME_MAX: usize = 1023;
 
+/// What an empty image is to be.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct CreateOptions {
+    /// Size of the guest's disk in bytes.
+    pub size: u64,
+    /// 3, or 2 for programs from before 2013 (`compat=0.10`).
+    pub version: u32,
+    /// log2 of the cluster size in bytes, 9–21.
+    pub cluster_bits: u32,
+    /// log2 of the width of a refcount in bits, 0–6 (version 2: 4).
+    pub refcount_order: u32,
+    /// Subclusters; needs clusters of 16 KiB or more.
+    pub extended_l2: bool,
+    /// Allows writers to leave refcounts for later, and readers to find the image dirty.
+    pub lazy_refcounts: bool,
+    /// Codec of clusters that are compressed later.
+    pub compression: CompressionType,
+    /// Backing file's name and format, as the header is to say them.
+    pub backing: Option<(String, Format)>,
+    /// Name of an external file for the guest's data, and whether that is to be a raw image by itself. The file is the
+    /// caller's to make.
+    pub data_file: Option<(String, bool)>,
+}
+
+impl Default for CreateOptions {
+    /// What `qemu-img create` makes: version 3, clusters of 64 KiB, refcounts of 16 bits, deflate.
+    fn default() -> Self {
+        Self {
+            size: 0,
+            version: 3,
+            cluster_bits: 16,
+            refcount_order: 4,
+            extended_l2: false,
+            lazy_refcounts: false,
+            compression: CompressionType::Deflate,
+            backing: None,
+            data_file: None,
+        }
+    }
+}
+
 /// Writes an empty version 3 image (16-bit refcounts) to `dest`, whatever that held before, and makes it durable.
 /// With a backing file this is an overlay that shows it whole.
 pub fn create(dest: Arc<dyn Storage>, new: &NewImage) -> Result<()> {
+    let options = CreateOptions {
+        size: new.size,
+        cluster_bits: new.cluster_bits,
+        compression: new.compression.as_ref().map_or(CompressionType::Deflate, |c| c.kind),
+        backing: new.backing.clone(),
+        ..CreateOptions::default()
+    };
+    create_with(dest, &options)
+}
+
+/// The same with every option. [`crate::ImageMut::preallocate`] gives the clusters their places.
+pub fn create_with(dest: Arc<dyn Storage>, new: &CreateOptions) -> Result<()> {
     let path = dest.path();
-    let kind = new.compression.as_ref().map_or(CompressionType::Deflate, |c| c.kind);
-    let layout = Layout::of(new.size, new.cluster_bits, path)?;
-    let backing = new.backing.as_ref().map(|(name, format)| (name.as_str(), *format));
-    let zero = layout.header(new.size, kind, backing, path)?;
+    new.check(path)?;
+    let layout = Layout::of(new, path)?;
+    let zero = layout.header(new, path)?;
     let io = |doing: &'static str| move |e| Error::io(path, doing, e);
     dest.set_len(0).map_err(io("emptying"))?;
     dest.set_len(layout.clusters << layout.cluster_bits).map_err(io("growing"))?;
@@ -31,12 +84,13 @@ pub fn create(dest: Arc<dyn Storage>, new: &NewImage) -> Result<()> {
         dest.punch(0, layout.clusters << layout.cluster_bits).map_err(io("clearing"))?;
     }
     let mut table = Vec::new();
-    let mut refcounts = Vec::new();
     for block in 0..layout.blocks {
         table.extend_from_slice(&((layout.first_block() + block) << layout.cluster_bits).to_be_bytes());
     }
-    for _ in 0..layout.clusters {
-        refcounts.extend_from_slice(&1u16.to_be_bytes());
+    let bits = (layout.clusters << new.refcount_order).next_multiple_of(64);
+    let mut refcounts = vec![0u8; (bits / 8) as usize];
+    for index in 0..layout.clusters {
+        refcount::set(&mut refcounts, new.refcount_order, index as usize, 1);
     }
     dest.write_at(&refcounts, layout.first_block() << layout.cluster_bits)
         .map_err(io("writing refcounts"))?;
@@ -45,6 +99,41 @@ pub fn create(dest: Arc<dyn Storage>, new: &NewImage) -> Result<()> {
     dest.sync().map_err(io("syncing"))?;
     dest.write_at(&zero, 0).map_err(io("writing the header"))?;
     dest.sync().map_err(io("syncing"))
+}
+
+impl CreateOptions {
+    fn check(&self, path: &Path) -> Result<()> {
+        let refuse = |what: String| Err(Error::unsupported(path, what));
+        if !(9..=21).contains(&self.cluster_bits) {
+            return refuse(format!("clusters of 2^{} bytes: qcow2 allows 2^9 to 2^21", self.cluster_bits));
+        }
+        if self.refcount_order > 6 {
+            return refuse(format!("refcounts of 2^{} bits: qcow2 allows 1 to 64 bits", self.refcount_order));
+        }
+        match self.version {
+            3 => {}
+            2 => {
+                let newer = [
+                    (self.refcount_order != 4, "refcounts that are not 16 bits wide"),
+                    (self.extended_l2, "extended L2 entries"),
+                    (self.lazy_refcounts, "lazy refcounts"),
+                    (self.compression != CompressionType::Deflate, "zstd"),
+                    (self.data_file.is_some(), "an external data file"),
+                ];
+                if let Some((_, what)) = newer.iter().find(|(wanted, _)| *wanted) {
+                    return refuse(format!("{what} and version 2 (compat 0.10): take version 3"));
+                }
+            }
+            n => return refuse(format!("version {n} of qcow2: only 2 and 3 are known")),
+        }
+        if self.extended_l2 && self.cluster_bits < 14 {
+            return refuse("extended L2 entries need clusters of 16 KiB or more".into());
+        }
+        if let (Some((_, true)), Some(_)) = (&self.data_file, &self.backing) {
+            return refuse("a raw external data file and a backing file: the raw file would lack what the backing file holds".into());
+        }
+        Ok(())
+    }
 }
 
 /// Where the parts of an empty image lie, in clusters: header, refcount table, refcount blocks, L1.
@@ -57,31 +146,28 @@ struct Layout {
 }
 
 impl Layout {
-    fn of(size: u64, cluster_bits: u32, path: &Path) -> Result<Layout> {
-        if !(9..=21).contains(&cluster_bits) {
-            return Err(Error::unsupported(
-                path,
-                format!("clusters of 2^{cluster_bits} bytes: qcow2 allows 2^9 to 2^21"),
-            ));
-        }
-        let cluster = 1u64 << cluster_bits;
-        let l1_entries = size.div_ceil(cluster).div_ceil(cluster / 8).max(1);
+    fn of(new: &CreateOptions, path: &Path) -> Result<Layout> {
+        let cluster = 1u64 << new.cluster_bits;
+        let l2_entries = cluster / if new.extended_l2 { 16 } else { 8 };
+        let l1_entries = new.size.div_ceil(cluster).div_ceil(l2_entries).max(1);
         if l1_entries * 8 > 32 << 20 {
             return Err(Error::unsupported(
                 path,
                 format!(
-                    "a disk of {size} bytes is too large for clusters of {cluster} bytes: use larger clusters"
+                    "a disk of {} bytes is too large for clusters of {cluster} bytes: use larger clusters",
+                    new.size
                 ),
             ));
         }
         let l1 = (l1_entries * 8).div_ceil(cluster);
+        let per_block = (cluster * 8) >> new.refcount_order;
         let (mut table, mut blocks) = (1, 1);
         loop {
             let clusters = 1 + table + blocks + l1;
-            let need_blocks = clusters.div_ceil(cluster / 2);
+            let need_blocks = clusters.div_ceil(per_block);
             let need_table = (need_blocks * 8).div_ceil(cluster);
             if (need_table, need_blocks) == (table, blocks) {
-                return Ok(Layout { cluster_bits, table, blocks, l1_entries, clusters });
+                return Ok(Layout { cluster_bits: new.cluster_bits, table, blocks, l1_entries, clusters });
             }
             (table, blocks) = (need_table.max(table), need_blocks.max(blocks));
         }
@@ -91,33 +177,56 @@ impl Layout {
         1 + self.table
     }
 
-    fn header(
-        &self,
-        size: u64,
-        kind: CompressionType,
-        backing: Option<(&str, Format)>,
-        path: &Path,
-    ) -> Result<Vec<u8>> {
-        let mut h = vec![0u8; HEADER_LENGTH];
+    fn header(&self, new: &CreateOptions, path: &Path) -> Result<Vec<u8>> {
+        let mut h = vec![0u8; if new.version == 3 { HEADER_LENGTH } else { 72 }];
         let mut put = |at: usize, bytes: &[u8]| h[at..at + bytes.len()].copy_from_slice(bytes);
         put(0, &header::MAGIC.to_be_bytes());
-        put(4, &3u32.to_be_bytes());
+        put(4, &new.version.to_be_bytes());
         put(20, &self.cluster_bits.to_be_bytes());
-        put(24, &size.to_be_bytes());
+        put(24, &new.size.to_be_bytes());
         put(36, &(self.l1_entries as u32).to_be_bytes());
         put(40, &((1 + self.table + self.blocks) << self.cluster_bits).to_be_bytes());
         put(48, &(1u64 << self.cluster_bits).to_be_bytes());
         put(56, &(self.table as u32).to_be_bytes());
-        put(96, &4u32.to_be_bytes());
-        put(100, &(HEADER_LENGTH as u32).to_be_bytes());
-        if kind == CompressionType::Zstd {
-            put(72, &incompatible::COMPRESSION.to_be_bytes());
-            put(104, &[1]);
+        if new.version == 3 {
+            let zstd = new.compression == CompressionType::Zstd;
+            let flag = |wanted: bool, bit: u64| if wanted { bit } else { 0 };
+            let incompatible = flag(zstd, incompatible::COMPRESSION)
+                | flag(new.data_file.is_some(), incompatible::DATA_FILE)
+                | flag(new.extended_l2, incompatible::EXTENDED_L2);
+            put(72, &incompatible.to_be_bytes());
+            put(80, &u64::from(new.lazy_refcounts).to_be_bytes());
+            let raw = new.data_file.as_ref().is_some_and(|(_, raw)| *raw);
+            put(88, &flag(raw, header::AUTOCLEAR_RAW_DATA).to_be_bytes());
+            put(96, &new.refcount_order.to_be_bytes());
+            put(100, &(HEADER_LENGTH as u32).to_be_bytes());
+            put(104, &[u8::from(zstd)]);
         }
-        let (ext_end, name_at) = append_backing(&mut h, Vec::new(), backing, None, self.cluster_bits, path)?;
-        debug_assert!(ext_end <= name_at);
+        let mut others = Vec::new();
+        if let Some((name, _)) = &new.data_file {
+            if name.is_empty() || name.len() > NAME_MAX || name.contains('\0') {
+                return Err(Error::unsupported(
+                    path,
+                    format!(
+                        "the data file's name is {} bytes long: 1 to {NAME_MAX} without NUL are allowed",
+                        name.len()
+                    ),
+                ));
+            }
+            append_extension(&mut others, header::EXT_DATA_FILE, name.as_bytes());
+        }
+        let backing = new.backing.as_ref().map(|(name, format)| (name.as_str(), *format));
+        append_backing(&mut h, others, backing, None, self.cluster_bits, path)?;
         Ok(h)
     }
+}
+
+/// Appends one header extension, padded.
+fn append_extension(to: &mut Vec<u8>, kind: u32, data: &[u8]) {
+    to.extend_from_slice(&kind.to_be_bytes());
+    to.extend_from_slice(&(data.len() as u32).to_be_bytes());
+    to.extend_from_slice(data);
+    to.resize(to.len().next_multiple_of(8), 0);
 }
 
 /// Appends the extensions (that of the backing format first) and the name to the fixed part of a header, whose
@@ -133,11 +242,7 @@ fn append_backing(
 ) -> Result<(usize, usize)> {
     let cluster = 1usize << cluster_bits;
     if let Some((_, format)) = backing {
-        let name = format.name().as_bytes();
-        h.extend_from_slice(&EXT_BACKING_FORMAT.to_be_bytes());
-        h.extend_from_slice(&(name.len() as u32).to_be_bytes());
-        h.extend_from_slice(name);
-        h.resize(h.len().next_multiple_of(8), 0);
+        append_extension(h, EXT_BACKING_FORMAT, format.name().as_bytes());
     }
     h.extend_from_slice(&others);
     h.extend_from_slice(&[0; 8]);
@@ -245,10 +350,7 @@ pub(crate) fn set_backing_in(
     let zero = read_cluster_zero(storage, &header)?;
     let mut others = Vec::new();
     for e in extensions(&zero, &header).iter().filter(|e| e.kind != EXT_BACKING_FORMAT) {
-        others.extend_from_slice(&e.kind.to_be_bytes());
-        others.extend_from_slice(&(e.data.len() as u32).to_be_bytes());
-        others.extend_from_slice(&zero[e.data.clone()]);
-        others.resize(others.len().next_multiple_of(8), 0);
+        append_extension(&mut others, e.kind, &zero[e.data.clone()]);
     }
     let fixed = header.header_length as usize;
     let mut h = zero

@@ -22,6 +22,9 @@ pub mod incompatible {
     /// Every bit that is understood.
     pub const KNOWN: u64 = 31;
 }
+/// Autoclear feature bits: bitmaps are up to date; the external data file is a raw image by itself.
+pub(crate) const AUTOCLEAR_BITMAPS: u64 = 1;
+pub(crate) const AUTOCLEAR_RAW_DATA: u64 = 2;
 pub(crate) const EXT_BACKING_FORMAT: u32 = 0xe279_2aca;
 pub(crate) const EXT_DATA_FILE: u32 = 0x4441_5441;
 const EXT_LUKS: u32 = 0x0537_be77;

@@ -25,13 +25,13 @@ pub use check::{Report, check};
 pub use codec::Compression;
 pub use commit::commit;
 pub use compare::{Difference, compare};
-pub use create::{create, set_backing};
+pub use create::{CreateOptions, create, create_with, set_backing};
 pub use error::{Error, Result};
 pub use gate::{Gate, Implicit, LockedPaths, NoImplicit, PlainPaths};
 pub use header::{CompressionType, Format, Header};
 pub use image::Image;
 pub use lock::{Locking, check_unused};
-pub use rw::{Backing, ImageMut};
+pub use rw::{Backing, ImageMut, Preallocation};
 pub use storage::{Access, FileStorage, Storage};
 pub use writer::{
     ChainSource, Control, NewImage, NoObserver, Observer, Place, Run, Source, Written, write_image, write_raw,

@@ -67,6 +67,8 @@ pub(crate) struct Refcounts {
     blocks: HashMap<usize, Block>,
     /// No cluster below is free.
     hint: u64,
+    /// One past the last cluster that was allocated.
+    end: u64,
 }
 
 impl Refcounts {
@@ -84,6 +86,7 @@ impl Refcounts {
             table_dirty: BTreeSet::new(),
             blocks: HashMap::new(),
             hint: 1,
+            end: 0,
         })
     }
 
@@ -164,6 +167,22 @@ impl Refcounts {
         Ok(count == 1)
     }
 
+    /// One past the last cluster that was allocated here; only clusters that were free before lie below unseen.
+    pub(crate) fn end(&self) -> u64 {
+        self.end
+    }
+
+    /// Adds a reference to a cluster that is in use; `false` when its width holds no more.
+    pub(crate) fn add(&mut self, index: u64) -> Result<bool> {
+        let count = self.get(index)?;
+        let max = if self.order == 6 { u64::MAX } else { (1 << (1u64 << self.order)) - 1 };
+        if count == 0 || count == max {
+            return Ok(false);
+        }
+        self.set(index, count + 1)?;
+        Ok(true)
+    }
+
     /// Finds `count` free clusters in a row and gives each a refcount of 1; the index of the first. New blocks and
     /// tables that this needs are reported in `own` (true), and what they no longer use (false).
     pub(crate) fn allocate(&mut self, count: u64, own: &mut Vec<(u64, bool)>) -> Result<u64> {
@@ -187,6 +206,7 @@ impl Refcounts {
         for index in first..first + count {
             self.set(index, 1)?;
         }
+        self.end = self.end.max(first + count);
         if count == 1 || first == self.hint {
             self.hint = first + count;
         }

@@ -27,6 +27,8 @@ pub trait Storage: Send + Sync {
     fn sync(&self) -> io::Result<()>;
     /// Makes a range read as zeros, and frees its space where the file system can.
     fn punch(&self, offset: u64, len: u64) -> io::Result<()>;
+    /// Reserves space for a range, whose bytes stay what they are, and grows the file where it is shorter.
+    fn reserve(&self, offset: u64, len: u64) -> io::Result<()>;
     /// The first byte at or after `offset` that may hold data; `None` when only a hole follows.
     fn next_data(&self, offset: u64) -> io::Result<Option<u64>>;
     /// The first byte at or after `offset` that lies in a hole (the end of the file is one).
@@ -161,6 +163,14 @@ impl Storage for FileStorage {
             at += n as u64;
         }
         Ok(())
+    }
+
+    fn reserve(&self, offset: u64, len: u64) -> io::Result<()> {
+        if self.block_device || len == 0 {
+            return Ok(());
+        }
+        rustix::fs::fallocate(&self.file, rustix::fs::FallocateFlags::empty(), offset, len)
+            .map_err(Into::into)
     }
 
     fn next_data(&self, offset: u64) -> io::Result<Option<u64>> {

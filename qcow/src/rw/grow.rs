@@ -1,15 +1,13 @@
 //! A larger disk, and what must be said in the header before the first change.
 
 use crate::create::{extensions, read_cluster_zero};
-use crate::header::incompatible;
+use crate::header::{AUTOCLEAR_BITMAPS, AUTOCLEAR_RAW_DATA, incompatible};
 use crate::rw::ImageMut;
 use crate::storage::read_exact;
 use crate::{Error, Header, Result};
 
-/// Autoclear bits that are understood: bitmaps, raw external data.
-const AUTOCLEAR_KNOWN: u64 = 3;
-/// Autoclear bit of the bitmaps extension.
-const AUTOCLEAR_BITMAPS: u64 = 1;
+/// Autoclear bits that are understood.
+const AUTOCLEAR_KNOWN: u64 = AUTOCLEAR_BITMAPS | AUTOCLEAR_RAW_DATA;
 /// The bitmaps extension.
 pub(crate) const EXT_BITMAPS: u32 = 0x2385_2875;
 

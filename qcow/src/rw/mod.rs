@@ -1,8 +1,11 @@
 //! Changes an image in place. Data and refcounts are durable before the L2 entries that point to them, these before
 //! the L1 entries, and only then is anything freed: a cut at any moment leaves at worst leaked clusters.
 
+mod compressed;
 mod grow;
 pub(crate) use grow::BitmapDirectory;
+mod preallocate;
+mod sub;
 mod tables;
 
 use std::collections::{BTreeSet, HashMap, HashSet};
@@ -13,7 +16,9 @@ use crate::header::incompatible;
 use crate::refcount::Refcounts;
 use crate::storage::read_exact;
 use crate::{Access, Chain, Error, FileStorage, Format, Gate, Header, Implicit, Result, Storage, codec};
-use tables::Table;
+use tables::{Entry, Table};
+
+pub use preallocate::Preallocation;
 
 /// What an image shows where it holds nothing itself.
 pub trait Backing: Send + Sync {
@@ -49,6 +54,8 @@ pub struct ImageMut {
     meta: HashSet<u64>,
     /// References to take away once nothing durable makes use of them.
     frees: Vec<u64>,
+    /// Where the next compressed cluster goes, in a cluster that others began.
+    packed: Option<u64>,
     begun: bool,
     /// A write failed: what is in memory may point to clusters without data.
     failed: bool,
@@ -84,12 +91,6 @@ impl ImageMut {
         };
         marked(incompatible::DIRTY, "it is marked dirty, so its refcounts may be wrong")?;
         marked(incompatible::CORRUPT, "it is marked corrupt and may only be read")?;
-        if header.extended_l2() {
-            return Err(Error::unsupported(
-                path,
-                "it has extended L2 entries, which can be read but not changed in place: use `qemu-img` to commit or write",
-            ));
-        }
         let data = match (&header.data_file, header.external_data()) {
             (Some(name), true) => {
                 // The gate decides whether the file may be used; it opens to read only.
@@ -122,6 +123,7 @@ impl ImageMut {
             refcounts,
             meta,
             frees: Vec::new(),
+            packed: None,
             begun: false,
             failed: false,
         })
@@ -189,7 +191,8 @@ impl ImageMut {
             }
             _ => self.new_cluster(index)?,
         };
-        let new = host | COPIED;
+        let sub = if self.header.extended_l2() { sub::ALL_ALLOCATED } else { 0 };
+        let new = Entry { word: host | COPIED, sub };
         if new != entry {
             if !matches!(old, L2::Data(h) | L2::Zero { allocated: Some(h) } if h == host) {
                 self.free(old);
@@ -200,13 +203,16 @@ impl ImageMut {
     }
 
     fn write_part(&mut self, index: u64, within: u64, bytes: &[u8]) -> Result<()> {
+        if self.header.extended_l2() {
+            return self.write_subclusters(index, within, bytes);
+        }
         let entry = self.entry(index)?;
         let old = self.decode(index, entry)?;
         if let L2::Data(host) = old
             && self.exclusive(index, entry, host)?
         {
-            if entry & COPIED == 0 {
-                self.set_entry(index, entry | COPIED)?;
+            if entry.word & COPIED == 0 {
+                self.set_entry(index, Entry { word: entry.word | COPIED, ..entry })?;
             }
             return self.put(bytes, host + within);
         }
@@ -295,6 +301,9 @@ impl ImageMut {
         whole: bool,
         discard: bool,
     ) -> Result<()> {
+        if self.header.extended_l2() {
+            return self.clear_subclusters(index, range, whole, discard);
+        }
         let entry = self.entry(index)?;
         let old = self.decode(index, entry)?;
         let is_zero = match old {
@@ -323,11 +332,11 @@ impl ImageMut {
                 if matches!(old, L2::Unallocated) && new == 0 {
                     return Ok(());
                 }
-                if entry == new || is_zero && self.header.external_data() {
+                if entry.word == new || is_zero && self.header.external_data() {
                     return Ok(());
                 }
                 self.free(old);
-                self.set_entry(index, new)
+                self.set_entry(index, Entry { word: new, sub: 0 })
             }
             _ if discard => Ok(()),
             _ => {

@@ -11,8 +11,17 @@ const CACHE_BYTES: usize = 32 << 20;
 /// An L2 table in memory.
 pub(super) struct Table {
     pub(super) offset: u64,
-    pub(super) entries: Vec<u64>,
+    /// One word an entry, two with subclusters.
+    pub(super) words: Vec<u64>,
     pub(super) dirty: bool,
+}
+
+/// An L2 entry.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Entry {
+    pub(super) word: u64,
+    /// Subclusters: allocated in the low half, zeros in the high one. 0 where the image has none.
+    pub(super) sub: u64,
 }
 
 impl ImageMut {
@@ -46,36 +55,43 @@ impl ImageMut {
         }
         let mut bytes = vec![0u8; self.header.cluster_size() as usize];
         read_exact(&*self.storage, &mut bytes, offset, "an L2 table")?;
-        let entries = bytes.as_chunks::<8>().0.iter().map(|b| u64::from_be_bytes(*b)).collect();
-        self.tables.insert(number, Table { offset, entries, dirty: false });
+        let words = bytes.as_chunks::<8>().0.iter().map(|b| u64::from_be_bytes(*b)).collect();
+        self.tables.insert(number, Table { offset, words, dirty: false });
         Ok(())
     }
 
     /// The L2 entry of a guest cluster, 0 where there is no table.
-    pub(super) fn entry(&mut self, index: u64) -> Result<u64> {
+    pub(super) fn entry(&mut self, index: u64) -> Result<Entry> {
         let l1 = self.l1_entry(index)?;
         if l1 & OFFSET_MASK == 0 {
-            return Ok(0);
+            return Ok(Entry::default());
         }
         let (number, at) = self.split(index);
         self.load(number, l1)?;
-        Ok(self.tables.get(&number).and_then(|t| t.entries.get(at)).copied().unwrap_or(0))
+        let words = self.tables.get(&number).map_or(&[][..], |t| &t.words);
+        let word = |i: usize| words.get(i).copied().unwrap_or(0);
+        Ok(if self.header.extended_l2() {
+            Entry { word: word(2 * at), sub: word(2 * at + 1) }
+        } else {
+            Entry { word: word(at), sub: 0 }
+        })
     }
 
-    pub(super) fn decode(&self, index: u64, entry: u64) -> Result<L2> {
-        L2::decode(entry, &self.header)
+    pub(super) fn decode(&self, index: u64, entry: Entry) -> Result<L2> {
+        L2::decode(entry.word, &self.header)
             .map_err(|why| self.damaged(format!("the L2 entry of guest cluster {index}: {why}")))
     }
 
     /// Changes an L2 entry in memory. A table that is missing is made; one that a snapshot shares is copied.
-    pub(super) fn set_entry(&mut self, index: u64, entry: u64) -> Result<()> {
+    pub(super) fn set_entry(&mut self, index: u64, entry: Entry) -> Result<()> {
+        let step = (self.header.l2_entry_size() / 8) as usize;
         let l1 = self.l1_entry(index)?;
         let (number, at) = self.split(index);
         let old = l1 & OFFSET_MASK;
         if old == 0 {
             let offset = self.new_metadata(1)?;
-            let entries = vec![0; self.header.l2_entries() as usize];
-            self.tables.insert(number, Table { offset, entries, dirty: true });
+            let words = vec![0; (self.header.cluster_size() / 8) as usize];
+            self.tables.insert(number, Table { offset, words, dirty: true });
             self.set_l1(number, offset | COPIED);
         } else {
             self.load(number, l1)?;
@@ -88,8 +104,8 @@ impl ImageMut {
                     if let Some(table) = self.tables.get_mut(&number) {
                         table.offset = offset;
                         // What the other owner of the table sees is shared too.
-                        for entry in &mut table.entries {
-                            *entry &= !COPIED;
+                        for word in table.words.iter_mut().step_by(step) {
+                            *word &= !COPIED;
                         }
                     }
                     self.frees.push(cluster);
@@ -98,8 +114,8 @@ impl ImageMut {
             }
         }
         if let Some(table) = self.tables.get_mut(&number) {
-            if let Some(to) = table.entries.get_mut(at) {
-                *to = entry;
+            if let Some(to) = table.words.get_mut(at * step..(at + 1) * step) {
+                to.copy_from_slice(&[entry.word, entry.sub][..step]);
             }
             table.dirty = true;
         }
@@ -151,7 +167,7 @@ impl ImageMut {
     }
 
     /// Whether the active disk alone uses a host cluster, so that it may be overwritten.
-    pub(super) fn exclusive(&mut self, index: u64, entry: u64, host: u64) -> Result<bool> {
+    pub(super) fn exclusive(&mut self, index: u64, entry: Entry, host: u64) -> Result<bool> {
         if self.header.external_data() {
             return Ok(true);
         }
@@ -161,7 +177,7 @@ impl ImageMut {
                 "guest cluster {index} lies at {host:#x}, where there is metadata: repair it with `qemu-img check -r all`"
             )));
         }
-        Ok(entry & COPIED != 0 || self.refcounts.get(cluster)? == 1)
+        Ok(entry.word & COPIED != 0 || self.refcounts.get(cluster)? == 1)
     }
 
     /// Notes the host clusters of an entry that is being replaced; a later flush frees them.
@@ -197,7 +213,7 @@ impl ImageMut {
         self.sync()?;
         let mut wrote = false;
         for table in self.tables.values_mut().filter(|t| t.dirty) {
-            let bytes: Vec<u8> = table.entries.iter().flat_map(|e| e.to_be_bytes()).collect();
+            let bytes: Vec<u8> = table.words.iter().flat_map(|e| e.to_be_bytes()).collect();
             self.storage
                 .write_at(&bytes, table.offset)
                 .map_err(|e| Error::io(self.storage.path(), "writing an L2 table", e))?;
@@ -231,6 +247,7 @@ impl ImageMut {
         for cluster in std::mem::take(&mut self.frees) {
             if self.refcounts.release(cluster)? {
                 self.meta.remove(&cluster);
+                self.packed = self.packed.filter(|at| at >> self.header.cluster_bits != cluster);
                 free.push(cluster);
             }
         }

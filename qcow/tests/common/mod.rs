@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::atomic::AtomicBool;
 
-use knib_qcow::{Chain, Control, Format, PlainPaths};
+use knib_qcow::{Access, Chain, Control, Error, FileStorage, Format, ImageMut, PlainPaths};
 
 pub fn s(path: &Path) -> &str {
     path.to_str().unwrap()
@@ -79,4 +79,52 @@ pub fn same_as_model(path: &Path, model: &[u8]) {
 pub fn quiet<T>(work: impl FnOnce(&Control) -> T) -> T {
     let cancel = AtomicBool::new(false);
     work(&Control { threads: 2, rate_limit: None, cancel: &cancel, progress: &|_| {} })
+}
+
+pub fn rw(path: &Path) -> Result<ImageMut, Error> {
+    ImageMut::open(FileStorage::open(path, Access::ReadWrite).unwrap(), &PlainPaths)
+}
+
+/// Random writes, zeroes, discards and flushes against a model in memory.
+pub fn history(path: &Path, seed: u64, steps: u64, version: u32) {
+    let mut model = content(path, Format::Qcow2);
+    let size = model.len() as u64;
+    let mut random = Random(seed | 1);
+    let mut image = rw(path).unwrap();
+    let cluster = image.header().cluster_size();
+    let overlay = image.header().backing.is_some();
+    for _ in 0..steps {
+        let mut start = random.below(size);
+        let mut len = (1 + random.below(3 * cluster)).min(size - start);
+        if random.below(2) == 0 {
+            start = start / cluster * cluster;
+            len = len.next_multiple_of(cluster).min(size - start);
+        }
+        let range = start as usize..(start + len) as usize;
+        match random.below(8) {
+            0..=3 => {
+                let byte = random.next() as u8;
+                model[range.clone()].fill(byte);
+                image.write_at(&model[range], start).unwrap();
+            }
+            4 | 5 => {
+                model[range].fill(0);
+                image.write_zeroes(start, len).unwrap();
+            }
+            6 if version > 2 || !overlay => {
+                image.discard(start, len).unwrap();
+                let whole_start = start.next_multiple_of(cluster);
+                let end = start + len;
+                let whole_end = if end == size { end } else { end / cluster * cluster };
+                if whole_start < whole_end {
+                    model[whole_start as usize..whole_end as usize].fill(0);
+                }
+            }
+            _ => image.flush().unwrap(),
+        }
+    }
+    image.flush().unwrap();
+    drop(image);
+    same_as_model(path, &model);
+    checked(path);
 }

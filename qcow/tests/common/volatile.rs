@@ -91,6 +91,9 @@ impl Storage for Volatile {
         let end = (offset + len).min(self.len()?);
         if end > offset { self.write_at(&vec![0; (end - offset) as usize], offset) } else { Ok(()) }
     }
+    fn reserve(&self, offset: u64, len: u64) -> io::Result<()> {
+        self.set_len(self.len()?.max(offset + len))
+    }
     fn next_data(&self, offset: u64) -> io::Result<Option<u64>> {
         Ok(Some(offset))
     }
