@@ -154,10 +154,10 @@ fn random_changes_of_images_with_subclusters_match_the_model() {
             // What QEMU wrote is changed, compressed clusters are split up, a snapshot's clusters are kept.
             let packed = format!("write -c -P 3 0 {cluster}");
             qemu_io(&path, &[&packed, "write -P 9 200k 3k", "write -z 250k 20k"]);
-            history(&path, 31 + n as u64, 120, 3);
+            history(&path, 31 + n as u64, 60, 3);
             qemu_img(&["snapshot", "-c", "one", s(&path)]);
             let before = content(&path, Format::Qcow2);
-            history(&path, 47 + n as u64, 120, 3);
+            history(&path, 47 + n as u64, 60, 3);
             qemu_img(&["snapshot", "-a", "one", s(&path)]);
             same_as_model(&path, &before);
             checked(&path);

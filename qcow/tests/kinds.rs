@@ -173,6 +173,7 @@ fn compressed_clusters_are_packed_into_an_image_in_place() {
         let mut image = rw(&path).unwrap();
         let cluster = 1usize << options.cluster_bits;
         let mut model = vec![0u8; options.size as usize];
+        let model_len = model.len();
         // Twice, so that what was written is replaced; every fifth cluster is noise, every seventh is changed plain.
         for round in 0..2 {
             for (i, part) in model.chunks_mut(cluster).enumerate() {
@@ -184,7 +185,7 @@ fn compressed_clusters_are_packed_into_an_image_in_place() {
                     part[..100].fill(1);
                     image.write_at(&part[..100], (i * cluster) as u64).unwrap();
                 }
-                if i % 11 == 0 {
+                if i % (model_len / cluster / 8 + 3) == 2 {
                     image.flush().unwrap();
                 }
             }
