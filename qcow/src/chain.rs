@@ -310,6 +310,38 @@ impl Chain {
         Ok(())
     }
 
+    /// Appends the stored bytes of `extent` where it is the beginning of a cluster of `cluster` bytes compressed with
+    /// `kind`, and they end where their own format says so; says whether it did.
+    pub(crate) fn take_stored(
+        &self,
+        extent: &Extent,
+        cluster: u64,
+        kind: CompressionType,
+        out: &mut Vec<u8>,
+    ) -> Result<bool> {
+        let ExtentKind::Compressed { layer, offset, max_len, cluster_start, compression } = extent.kind
+        else {
+            return Ok(false);
+        };
+        let Layer::Qcow2(image) = self.layer(layer)? else { return Ok(false) };
+        let same = compression == kind
+            && image.header().cluster_size() == cluster
+            && cluster_start == extent.start
+            && (extent.len == cluster || extent.start + extent.len == self.size());
+        if !same {
+            return Ok(false);
+        }
+        let from = out.len();
+        out.resize(from + max_len as usize, 0);
+        let storage = image.storage();
+        let n = storage.read_at(&mut out[from..], offset).map_err(|e| {
+            Error::io(storage.path(), format!("reading the compressed cluster at {offset}"), e)
+        })?;
+        let len = codec::stored_len(kind, &out[from..from + n], cluster);
+        out.truncate(from + len.unwrap_or(0));
+        Ok(len.is_some())
+    }
+
     fn layer(&self, index: usize) -> Result<&Layer> {
         self.layers.get(index).ok_or_else(|| Error::damaged(Path::new(""), "no such layer"))
     }

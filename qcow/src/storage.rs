@@ -25,6 +25,10 @@ pub trait Storage: Send + Sync {
     fn set_len(&self, len: u64) -> io::Result<()>;
     /// Makes all that was written durable.
     fn sync(&self) -> io::Result<()>;
+    /// Asks the system to begin with writing a range to the device, without waiting: less is left for [`Storage::sync`].
+    fn begin_write_back(&self, offset: u64, len: u64) {
+        let _ = (offset, len);
+    }
     /// Makes a range read as zeros, and frees its space where the file system can.
     fn punch(&self, offset: u64, len: u64) -> io::Result<()>;
     /// Reserves space for a range, whose bytes stay what they are, and grows the file where it is shorter.
@@ -143,6 +147,12 @@ impl Storage for FileStorage {
 
     fn sync(&self) -> io::Result<()> {
         self.file.sync_data()
+    }
+
+    fn begin_write_back(&self, offset: u64, len: u64) {
+        // What this advice does first is to start writing what is dirty; it waits for nothing and may be ignored.
+        let len = std::num::NonZeroU64::new(len);
+        let _ = rustix::fs::fadvise(&self.file, offset, len, rustix::fs::Advice::DontNeed);
     }
 
     fn punch(&self, offset: u64, len: u64) -> io::Result<()> {

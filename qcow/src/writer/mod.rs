@@ -1,5 +1,7 @@
 //! New images in one pass: workers read, compress and digest; one thread lays the clusters out in guest order.
 
+mod clusters;
+mod head;
 mod layout;
 mod pipeline;
 mod raw;
@@ -13,7 +15,7 @@ pub use raw::write_raw;
 pub use source::ChainSource;
 
 use crate::codec::Compression;
-use crate::{Error, Format, Result};
+use crate::{CompressionType, Error, Format, Result};
 
 /// What a new image is to be: version 3, refcounts of 16 bits.
 #[derive(Clone, Debug)]
@@ -45,6 +47,19 @@ pub trait Source: Sync {
     fn next(&self, from: u64) -> Result<Option<Run>>;
     /// Reads the guest's bytes; called by workers side by side.
     fn read(&self, offset: u64, buf: &mut [u8]) -> Result<()>;
+    /// Where the guest's `cluster` bytes at `start` (a multiple of it) are stored as one cluster compressed with `kind`,
+    /// appends the stored bytes, without what may follow them, to `out` and says so: they go into the new image as they
+    /// are. Called by workers side by side. Not knowing how is always right.
+    fn take_stored(
+        &self,
+        start: u64,
+        cluster: u64,
+        kind: CompressionType,
+        out: &mut Vec<u8>,
+    ) -> Result<bool> {
+        let _ = (start, cluster, kind, out);
+        Ok(false)
+    }
 }
 
 /// Where a cluster was put.
@@ -76,7 +91,14 @@ pub trait Observer: Sync {
     fn keep(&self, cluster: u64, guest: &[u8]) -> bool;
     /// Digests one cluster. Workers, any order. `stored` is empty for zeros.
     fn digest(&self, cluster: u64, guest: &[u8], stored: &[u8]) -> Self::Digest;
-    /// A cluster has its place. One thread, in guest order.
+    /// Digests a compressed cluster that is taken over as it is stored. `None`, which is the default, when that takes the
+    /// guest's bytes: it is decompressed then, and [`Observer::keep`] and [`Observer::digest`] are called.
+    fn digest_stored(&self, cluster: u64, stored: &[u8]) -> Option<Self::Digest> {
+        let _ = (cluster, stored);
+        None
+    }
+    /// A cluster has its place. One thread, in guest order. Places ascend, except that within 16 MiB of the guest
+    /// (aligned) plain clusters may lie behind compressed ones that follow them.
     fn stored(&self, cluster: u64, place: Place, digest: Self::Digest) -> Result<()>;
     /// Header, tables or refcounts were written. One thread.
     fn metadata(&self, offset: u64, bytes: &[u8]) -> Result<()>;
@@ -91,6 +113,9 @@ impl Observer for NoObserver {
         true
     }
     fn digest(&self, _: u64, _: &[u8], _: &[u8]) {}
+    fn digest_stored(&self, _: u64, _: &[u8]) -> Option<()> {
+        Some(())
+    }
     fn stored(&self, _: u64, _: Place, (): ()) -> Result<()> {
         Ok(())
     }

@@ -2,7 +2,7 @@
 
 use crate::chain::ExtentKind;
 use crate::writer::{Run, Source};
-use crate::{Chain, Result};
+use crate::{Chain, CompressionType, Result};
 
 /// A whole chain flattened, or only what its newest layers hold.
 pub struct ChainSource<'a> {
@@ -72,5 +72,19 @@ impl Source for ChainSource<'_> {
 
     fn read(&self, offset: u64, buf: &mut [u8]) -> Result<()> {
         self.chain.read_at(buf, offset)
+    }
+
+    fn take_stored(
+        &self,
+        start: u64,
+        cluster: u64,
+        kind: CompressionType,
+        out: &mut Vec<u8>,
+    ) -> Result<bool> {
+        let extent = match self.layers {
+            None => self.chain.extent_at(start)?,
+            Some(n) => self.chain.top_extent_at(n, start)?,
+        };
+        self.chain.take_stored(&extent, cluster, kind, out)
     }
 }

@@ -62,7 +62,8 @@ impl Copy<'_> {
         (control.progress)(Event::Begin { what: what.clone(), total });
         let progress = |done| (control.progress)(Event::Advance { what: what.clone(), done });
         let engine = Control {
-            threads: std::thread::available_parallelism().map_or(2, NonZero::get).min(16),
+            // One more than there are cores: one of them waits for the disk now and then.
+            threads: std::thread::available_parallelism().map_or(2, NonZero::get).min(15) + 1,
             rate_limit: None,
             cancel: control.cancel,
             progress: &progress,

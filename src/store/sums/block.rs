@@ -104,7 +104,7 @@ impl Region {
         self.rows.iter().map(|row| self.record(row))
     }
 
-    /// The stored records that touch the host range, in order: host offsets ascend with guest ones.
+    /// The stored records that touch the host range, in guest order.
     pub(super) fn in_host(&self, start: u64, end: u64) -> impl Iterator<Item = Record<'_>> {
         self.records().filter(move |r| r.place.stored().is_some_and(|(at, len)| at < end && at + len > start))
     }
@@ -126,10 +126,10 @@ impl Region {
 
     /// Host range of its stored clusters; none where all are zeros.
     pub(super) fn host_range(&self) -> Option<(u64, u64)> {
-        let mut stored = self.rows.iter().filter_map(|r| r.place.stored());
-        let (start, len) = stored.next()?;
-        let (last, last_len) = stored.next_back().unwrap_or((start, len));
-        Some((start, last.saturating_add(last_len)))
+        let stored = || self.rows.iter().filter_map(|r| r.place.stored());
+        let start = stored().map(|(start, _)| start).min()?;
+        let end = stored().map(|(start, len)| start.saturating_add(len)).max()?;
+        Some((start, end))
     }
 
     pub(super) fn decode(
@@ -142,7 +142,7 @@ impl Region {
         let first = region.checked_mul(span).ok_or("a region past the end")?;
         let mut fields = Fields(bytes);
         let mut decoded = Self::default();
-        let mut host = 0;
+        let (mut host, mut ascending) = (0, true);
         while !fields.0.is_empty() {
             let row = decoded.decode_row(&mut fields, first, span, cluster_bits)?;
             if decoded.rows.last().is_some_and(|last| last.cluster >= row.cluster) {
@@ -153,12 +153,17 @@ impl Region {
                     .checked_add(len)
                     .filter(|end| *end <= image_len)
                     .ok_or("a record past the image's end")?;
-                if offset < host {
-                    return Err("records that overlap".into());
-                }
+                ascending &= offset >= host;
                 host = end;
             }
             decoded.rows.push(row);
+        }
+        if !ascending {
+            let mut stored: Vec<(u64, u64)> = decoded.rows.iter().filter_map(|r| r.place.stored()).collect();
+            stored.sort_unstable();
+            if stored.windows(2).any(|w| matches!(w, [(start, len), (next, _)] if start + len > *next)) {
+                return Err("records that overlap".into());
+            }
         }
         Ok(decoded)
     }

@@ -123,9 +123,34 @@ fn clusters_out_of_order_are_refused() {
     writer.record_cluster(5, at(CLUSTER * 2), &digest).unwrap();
     assert!(writer.record_cluster(5, at(CLUSTER * 3), &digest).is_err(), "twice");
     assert!(writer.record_cluster(4, at(CLUSTER * 3), &digest).is_err(), "guest order");
-    assert!(writer.record_cluster(6, at(CLUSTER), &digest).is_err(), "host order");
     assert!(writer.record_cluster(100, at(CLUSTER * 3), &digest).is_err(), "past the end");
     assert!(SumsWriter::create(&dir.path().join("a"), BITS, 1).is_err(), "the file is there");
+}
+
+#[test]
+fn places_may_change_order_within_a_region_but_neither_overlap_nor_go_back_behind_another_region() {
+    let dir = tempfile::tempdir().unwrap();
+    let size = 20_000 * CLUSTER;
+    let writer = SumsWriter::create(&dir.path().join("a"), BITS, size).unwrap();
+    let digest = writer.digest_cluster(&bytes(1, CLUSTER), &bytes(1, CLUSTER));
+    let at = |cluster| Place::Data { offset: cluster * CLUSTER, len: CLUSTER };
+    writer.record_cluster(5, at(4), &digest).unwrap();
+    writer.record_cluster(6, at(2), &digest).unwrap();
+    writer.record_cluster(7, at(3), &digest).unwrap();
+    assert!(writer.record_cluster(5000, at(3), &digest).is_err(), "another region behind this one");
+    writer.record_cluster(5000, at(6), &digest).unwrap();
+    writer.finish(7 * CLUSTER).unwrap();
+    let sums = Sums::open(&dir.path().join("a"), SumsCache::new(1 << 20)).unwrap();
+    let place = sums.with_record(6, |r| r.unwrap().place).unwrap();
+    assert_eq!(place, at(2));
+    let offsets: Vec<u64> = sums.host_pieces(0, 7 * CLUSTER).unwrap().iter().map(|p| p.offset).collect();
+    assert!(offsets.is_sorted() && offsets.contains(&(2 * CLUSTER)) && offsets.contains(&(4 * CLUSTER)));
+
+    let writer = SumsWriter::create(&dir.path().join("b"), BITS, size).unwrap();
+    writer.record_cluster(5, at(3), &digest).unwrap();
+    writer.record_cluster(6, at(2), &digest).unwrap();
+    writer.record_cluster(7, at(3), &digest).unwrap();
+    assert!(writer.finish(7 * CLUSTER).is_err(), "two clusters at one place");
 }
 
 #[test]

@@ -49,6 +49,8 @@ struct State {
     block: Vec<u8>,
     directory: Vec<Entry>,
     next_cluster: u64,
+    /// Host bytes behind what is stored of the regions before this one, and of all regions.
+    before: u64,
     host: u64,
     clusters: u64,
     metadata: BTreeMap<u64, Extent>,
@@ -95,6 +97,7 @@ impl SumsWriter {
             block: Vec::new(),
             directory: Vec::new(),
             next_cluster: 0,
+            before: 0,
             host: 0,
             clusters: 0,
             metadata: BTreeMap::new(),
@@ -132,7 +135,7 @@ impl SumsWriter {
         ClusterDigest { strong: strong(guest, 1 << self.cluster_bits), fasts: fasts(stored) }
     }
 
-    /// Records one stored cluster; guest clusters and host offsets must ascend.
+    /// Records one stored cluster. Guest clusters must ascend, and so must host offsets from one region to the next.
     pub fn record_cluster(&self, cluster: u64, place: Place, digest: &ClusterDigest) -> StoreResult<()> {
         let state = &mut *self.state.lock();
         let cluster_size = 1u64 << self.cluster_bits;
@@ -142,19 +145,20 @@ impl SumsWriter {
         if cluster < state.next_cluster || cluster >= self.virtual_size.div_ceil(cluster_size) {
             return broken("clusters must be recorded in the guest's order and lie in the disk");
         }
-        let (offset, len) = place.stored().unwrap_or((state.host, 0));
-        if offset < state.host || len > cluster_size || pieces(len) != digest.fasts.len() as u64 {
-            return broken("stored clusters must lie in the guest's order in the file");
-        }
         let span = clusters_per_region(self.cluster_bits);
         let region = cluster / span;
         if state.region != Some(region) {
             self.flush_region(state)?;
             state.region = Some(region);
+            state.before = state.host;
+        }
+        let (offset, len) = place.stored().unwrap_or((state.host, 0));
+        if offset < state.before || len > cluster_size || pieces(len) != digest.fasts.len() as u64 {
+            return broken("what is stored of a region must lie behind the regions before it in the file");
         }
         let index = u16::try_from(cluster % span).unwrap_or_default();
         block::encode(&mut state.block, index, place, &digest.strong, &digest.fasts);
-        state.host = offset.saturating_add(len);
+        state.host = state.host.max(offset.saturating_add(len));
         state.next_cluster = cluster + 1;
         state.clusters += 1;
         Ok(())
