@@ -91,8 +91,8 @@ fn plain_clusters_among_compressed_ones_leave_hardly_a_gap_and_stay_near_their_n
     let mut span = 0;
     for (cluster, place) in &of {
         let (Place::Data { offset, len } | Place::Compressed { offset, len }) = *place else { continue };
-        if cluster * CLUSTER >> 24 != span {
-            (span, before) = (cluster * CLUSTER >> 24, end);
+        if (cluster * CLUSTER) >> 24 != span {
+            (span, before) = ((cluster * CLUSTER) >> 24, end);
         }
         assert!(offset >= before, "cluster {cluster} lies among those of another 16 MiB");
         end = end.max(offset + len);
