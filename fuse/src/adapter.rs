@@ -1,6 +1,5 @@
 //! A [`Tree`] as fuser wants it. Translates and nothing else: no rule about content stands here.
 
-use std::cell::RefCell;
 use std::ffi::OsStr;
 use std::io;
 use std::os::unix::ffi::OsStrExt as _;
@@ -18,7 +17,7 @@ use fuser::{
 
 use crate::handles::{Holder, OpenFolders, process_of};
 use crate::tree::clip;
-use crate::{Attr, DirEntry, FsError, FsResult, Ino, NodeKind, OpenFiles, Problem, Tree};
+use crate::{Attr, DirEntry, FsError, FsResult, Ino, NodeKind, OpenFiles, Problem, Tree, with_buffer};
 
 /// How long the kernel may remember what can change: a new backup is seen after this.
 const SHORT: Duration = Duration::from_secs(1);
@@ -33,11 +32,6 @@ const SEEK_DATA: i32 = 3;
 const SEEK_HOLE: i32 = 4;
 /// Node numbers are never used again, so there is one generation.
 const GENERATION: Generation = Generation(0);
-
-thread_local! {
-    /// Each worker's buffer for replies; it grows to the largest read once.
-    static BUFFER: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
-}
 
 pub(crate) struct Adapter {
     tree: Arc<dyn Tree>,
@@ -212,21 +206,23 @@ impl Filesystem for Adapter {
         _lock_owner: Option<LockOwner>,
         reply: ReplyData,
     ) {
-        BUFFER.with_borrow_mut(|buffer| {
-            let read = guarded("reading", Ino(ino.0), || {
-                let file = self.files.get(fh.0)?;
-                let len = clip(&*file, offset, size as usize)?;
-                if buffer.len() < len {
-                    buffer.resize(len, 0);
-                }
-                let part = buffer.get_mut(..len).unwrap_or_default();
-                file.read(offset, part)?;
-                Ok(len)
-            });
-            match read {
-                Ok(len) => reply.data(buffer.get(..len).unwrap_or_default()),
-                Err(errno) => reply.error(errno),
-            }
+        let ino = Ino(ino.0);
+        let found = guarded("reading", ino, || {
+            let file = self.files.get(fh.0)?;
+            let len = clip(&*file, offset, size as usize)?;
+            Ok((file, len))
+        });
+        let (file, len) = match found {
+            Ok(found) => found,
+            Err(errno) => return reply.error(errno),
+        };
+        with_buffer(len, |buffer| match guarded("reading", ino, || file.read(offset, buffer)) {
+            Ok(()) => reply.data(buffer),
+            Err(errno) => reply.error(errno),
+        });
+        let _ = guarded("preparing for the next read", ino, || {
+            file.replied();
+            Ok(())
         });
     }
 

@@ -66,6 +66,11 @@ impl ReadAhead {
         Reader(self)
     }
 
+    /// Whether nobody reads now.
+    pub(crate) fn is_idle(&self) -> bool {
+        self.reading.load(Ordering::Relaxed) == 0
+    }
+
     /// Whether readers leave a core free.
     pub(crate) fn has_room(&self) -> bool {
         self.reading.load(Ordering::Relaxed) < self.cores

@@ -15,7 +15,8 @@ pub struct BlockFile {
     expected: AtomicU64,
     /// Reads in a row that went on there.
     streak: AtomicU32,
-    /// Up to where decoding was asked for.
+    /// From where and up to where decoding was asked for.
+    asked_from: AtomicU64,
     asked: AtomicU64,
 }
 
@@ -35,6 +36,7 @@ impl BlockFile {
             ahead,
             expected: AtomicU64::new(0),
             streak: AtomicU32::new(0),
+            asked_from: AtomicU64::new(0),
             asked: AtomicU64::new(0),
         }
     }
@@ -48,13 +50,25 @@ impl BlockFile {
             SpanKind::Direct => self.source.read_direct(at, buf),
             SpanKind::Block(key) => {
                 let len = usize::try_from(span.len).map_err(|_| bad_span(at))?;
-                let block = self.cache.get(key, len, |out| self.source.read_block(span.start, key, out))?;
                 let from = usize::try_from(at - span.start).map_err(|_| bad_span(at))?;
+                let block = match self.cache.find(key) {
+                    Some(block) => block?,
+                    // The first time only as much as is asked for is decoded, and nothing is kept. What another thread is
+                    // to decode too goes through the cache, so that one of them does it.
+                    None if !self.is_asked_for(span.start) && !self.cache.is_wanted(key) => {
+                        return self.source.read_part(span.start, key, len, from, buf);
+                    }
+                    None => self.cache.get(key, len, |out| self.source.read_block(span.start, key, out))?,
+                };
                 let bytes = block.get(from..from.saturating_add(buf.len())).ok_or_else(|| bad_span(at))?;
                 buf.copy_from_slice(bytes);
                 Ok(())
             }
         }
+    }
+
+    fn is_asked_for(&self, start: u64) -> bool {
+        (self.asked_from.load(Ordering::Relaxed)..self.asked.load(Ordering::Relaxed)).contains(&start)
     }
 
     /// Sees whether reads come one after the other, and has the next blocks decoded if they do.
@@ -65,6 +79,7 @@ impl BlockFile {
         if !near {
             self.expected.store(end, Ordering::Relaxed);
             self.asked.store(end, Ordering::Relaxed);
+            self.asked_from.store(end, Ordering::Relaxed);
             self.streak.store(0, Ordering::Relaxed);
             return;
         }
@@ -82,8 +97,13 @@ impl BlockFile {
         let from = self.asked.load(Ordering::Relaxed).max(end);
         // Half a window at a time: asking for every block would cost a lock each.
         if to.saturating_sub(from) >= window / 2 || to == self.source.len() {
+            if from > self.asked.load(Ordering::Relaxed) {
+                self.asked_from.store(from, Ordering::Relaxed);
+            }
+            // Noted first: the reader may be there before the workers.
+            self.asked.store(to, Ordering::Relaxed);
             let taken = self.ahead.ask(&self.source, &self.cache, from, to);
-            self.asked.fetch_max(taken, Ordering::Relaxed);
+            self.asked.store(taken, Ordering::Relaxed);
         }
     }
 }
@@ -115,6 +135,12 @@ impl File for BlockFile {
             rest = later;
         }
         Ok(())
+    }
+
+    fn replied(&self) {
+        if self.ahead.is_idle() {
+            self.source.replied();
+        }
     }
 
     fn next_data(&self, offset: u64) -> FsResult<Option<u64>> {

@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use parking_lot::{Condvar, Mutex};
 
+use crate::touched::Touched;
 use crate::{BlockKey, FsError, FsResult, Problem};
 
 /// Decoded blocks of all files. Bounded in bytes; shared by all handles.
@@ -17,6 +18,7 @@ use crate::{BlockKey, FsError, FsResult, Problem};
 pub struct BlockCache {
     shards: Box<[Mutex<Shard>]>,
     shard_limit: usize,
+    touched: Touched,
     hits: AtomicU64,
     misses: AtomicU64,
 }
@@ -67,6 +69,7 @@ impl BlockCache {
         Arc::new(Self {
             shards: (0..count).map(|_| Mutex::default()).collect(),
             shard_limit: limit / count,
+            touched: Touched::new(),
             hits: AtomicU64::new(0),
             misses: AtomicU64::new(0),
         })
@@ -89,6 +92,31 @@ impl BlockCache {
     /// Whether the block is held or being decoded.
     pub fn holds(&self, key: BlockKey) -> bool {
         self.shard(key).lock().slots.contains_key(&key)
+    }
+
+    /// The block if it is held, or is being decoded: then once it is.
+    pub fn find(&self, key: BlockKey) -> Option<FsResult<Arc<[u8]>>> {
+        let shard = self.shard(key).lock();
+        let flight = match shard.slots.get(&key)? {
+            Slot::Ready { block, used } => {
+                used.store(true, Ordering::Relaxed);
+                self.hits.fetch_add(1, Ordering::Relaxed);
+                return Some(Ok(block.clone()));
+            }
+            Slot::Decoding(flight) => flight.clone(),
+        };
+        drop(shard);
+        self.hits.fetch_add(1, Ordering::Relaxed);
+        Some(flight.wait())
+    }
+
+    /// Whether the block, which is not held, was asked for lately and so should be.
+    pub(crate) fn is_wanted(&self, key: BlockKey) -> bool {
+        let wanted = self.touched.again(key);
+        if !wanted {
+            self.misses.fetch_add(1, Ordering::Relaxed);
+        }
+        wanted
     }
 
     /// The block; decoded with `decode`, which fills all of a buffer of `len` bytes, when it is not held. Errors are not kept: the

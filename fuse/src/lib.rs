@@ -14,16 +14,19 @@
 mod adapter;
 mod ahead;
 mod block_file;
+mod buffers;
 mod cache;
 mod error;
 mod handles;
 mod mount;
 mod mountinfo;
 mod source;
+mod touched;
 mod tree;
 
 pub use ahead::ReadAhead;
 pub use block_file::BlockFile;
+pub use buffers::with_buffer;
 pub use cache::{BlockCache, CacheStats};
 pub use error::{FsError, FsResult, Problem};
 pub use handles::{Holder, OpenFiles};

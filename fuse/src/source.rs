@@ -1,6 +1,6 @@
 //! Where a file's bytes come from.
 
-use crate::FsResult;
+use crate::{FsError, FsResult, Problem};
 
 /// Names a decoded block. Two sources that hold the same block should give it the same key, so that it is kept once.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -59,6 +59,21 @@ pub trait BlockSource: Send + Sync {
 
     /// Decodes the block that begins at `start` into `out`, which is exactly as long as the block, checked.
     fn read_block(&self, start: u64, key: BlockKey, out: &mut [u8]) -> FsResult<()>;
+
+    /// Fills `buf` with the bytes from `from` on of the block of `len` bytes that begins at `start`, checked. A source that can stop
+    /// decoding there should.
+    fn read_part(&self, start: u64, key: BlockKey, len: usize, from: usize, buf: &mut [u8]) -> FsResult<()> {
+        crate::with_buffer(len, |block| {
+            self.read_block(start, key, block)?;
+            let part = block.get(from..from.saturating_add(buf.len()));
+            buf.copy_from_slice(part.ok_or_else(|| FsError::new(Problem::Bug, "a part outside its block"))?);
+            Ok(())
+        })
+    }
+
+    /// Called behind a read that has been answered, when nobody else reads: work that prepares for the next read and that
+    /// no reader should wait for.
+    fn replied(&self) {}
 
     /// The first byte at or behind `offset` that is stored; none when only zeros follow. A source that can jump over
     /// what is not stored should.

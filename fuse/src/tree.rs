@@ -104,6 +104,9 @@ pub trait File: Send + Sync {
     /// Fills `buf` from `offset`; the range lies within the file. All of it, or an error.
     fn read(&self, offset: u64, buf: &mut [u8]) -> FsResult<()>;
 
+    /// Called when a read has been answered: work that no reader should wait for.
+    fn replied(&self) {}
+
     /// The first byte of data at or behind `offset`; none when only a hole follows.
     fn next_data(&self, offset: u64) -> FsResult<Option<u64>> {
         Ok((offset < self.len()).then_some(offset))

@@ -215,3 +215,20 @@ fn reads_past_the_end_are_refused() {
     assert!(file.read(7999, &mut [0; 2]).is_err());
     assert!(file.read(u64::MAX, &mut [0; 2]).is_err());
 }
+
+#[test]
+fn a_block_is_decoded_in_part_first_and_kept_when_it_is_asked_for_again() {
+    let source = Arc::new(MemorySource::new(1, 65536, vec![Kind::Block; 64], 64 * 65536));
+    let (file, cache) = file(&source, 64 << 20);
+    let mut page = vec![0; 4096];
+    // Far apart, so that nobody reads ahead.
+    for (round, held) in [(0, false), (1, true), (2, true)] {
+        for block in [50u64, 1] {
+            let at = block * 65536 + 8192;
+            file.read(at, &mut page).unwrap();
+            assert_eq!(page, source.content(at, 4096));
+            assert_eq!(cache.holds(BlockKey { image: 1, block }), held, "round {round}");
+        }
+    }
+    assert_eq!(source.decoded.load(Ordering::SeqCst), 4, "the third time nothing is decoded");
+}

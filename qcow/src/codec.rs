@@ -72,7 +72,7 @@ fn unzstd(context: &mut DCtx<'static>, input: &[u8], out: &mut [u8]) -> Result<(
     }
 }
 
-fn inflate(context: &mut Decompress, input: &[u8], out: &mut [u8]) -> Result<(), String> {
+pub(crate) fn inflate(context: &mut Decompress, input: &[u8], out: &mut [u8]) -> Result<(), String> {
     context.reset(false);
     let want = out.len() as u64;
     loop {

@@ -1,14 +1,14 @@
 //! One stored image: its file, its checksums, and a header that must agree with the manifests.
 
 use std::fs::File;
-use std::os::unix::fs::FileExt as _;
 use std::path::PathBuf;
 use std::sync::Arc;
 
 use knib_fuse::{FsError, FsResult};
+use knib_qcow::CompressionType;
 
+use super::around::Around;
 use super::damage::Damage;
-use super::decode::Codec;
 use crate::store::sums::{HostPiece, Sums, SumsCache};
 use crate::store::{Manifest, Store, StoreError, disk_file, manifest};
 
@@ -19,13 +19,14 @@ pub struct StoredImage {
     pub number: u64,
     pub path: PathBuf,
     pub sums: Sums,
-    pub codec: Codec,
+    pub codec: CompressionType,
     pub cluster_bits: u32,
     /// Bytes that the guest sees.
     pub virtual_size: u64,
     /// Length of the file in bytes.
     pub len: u64,
     file: File,
+    around: Around,
     damage: Arc<Damage>,
 }
 
@@ -56,11 +57,12 @@ impl StoredImage {
             number: image_number(of, disk),
             path,
             sums,
-            codec: Codec::Deflate,
+            codec: CompressionType::Deflate,
             cluster_bits: info.cluster_size.trailing_zeros(),
             virtual_size: info.virtual_size,
             len,
             file,
+            around: Around::new(),
             damage,
         };
         if len != info.image_len {
@@ -98,12 +100,17 @@ impl StoredImage {
         Ok(())
     }
 
-    /// Reads stored bytes without checking them.
-    pub fn read(&self, offset: u64, buf: &mut [u8]) -> FsResult<()> {
-        self.file.read_exact_at(buf, offset).map_err(|e| match e.kind() {
+    /// Reads stored bytes without checking them. True when the disk had to be waited for.
+    pub fn read(&self, offset: u64, buf: &mut [u8]) -> FsResult<bool> {
+        self.around.read(&self.file, offset, buf).map_err(|e| match e.kind() {
             std::io::ErrorKind::StaleNetworkFileHandle => FsError::io("read an image", &e),
             _ => self.damaged(&format!("it cannot be read at byte {offset}: {e}")),
         })
+    }
+
+    /// Has the system read what lies around `offset`, without waiting for it.
+    pub fn bring_in(&self, offset: u64) {
+        self.around.bring_in(&self.file, offset);
     }
 
     /// Reads any range of the file, every byte checked.
@@ -122,7 +129,7 @@ impl StoredImage {
             return self.verify(&pieces, start, buf);
         }
         // Pieces reach beyond what was asked for: at the edges, or because a large gap is padding.
-        super::raw::with_scratch((end - start) as usize, |wide| {
+        knib_fuse::with_buffer((end - start) as usize, |wide| {
             self.read(start, wide)?;
             self.verify(&pieces, start, wide)?;
             let from = (offset - start) as usize;
@@ -189,7 +196,7 @@ pub fn number(parts: &[&[u8]]) -> u64 {
 struct Header {
     cluster_bits: u32,
     size: u64,
-    codec: Codec,
+    codec: CompressionType,
     backing: Option<(u64, usize)>,
 }
 
@@ -220,8 +227,8 @@ impl Header {
         }
         let kind = if header_len > 104 { bytes.get(104).copied().unwrap_or(0) } else { 0 };
         let codec = match kind {
-            0 => Codec::Deflate,
-            1 => Codec::Zstd,
+            0 => CompressionType::Deflate,
+            1 => CompressionType::Zstd,
             _ => return Err(format!("it has the unknown compression type {kind}")),
         };
         let (offset, len) = (u64_at(8)?, u32_at(16)?);

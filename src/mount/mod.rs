@@ -5,8 +5,8 @@
 //! a region at a time, and no byte is given away that does not match. What is promised is in `docs/SEMANTICS.md`.
 
 mod access;
+mod around;
 mod damage;
-mod decode;
 mod flat;
 mod image;
 mod life;

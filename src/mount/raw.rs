@@ -1,11 +1,11 @@
 //! `<disk>.raw`: a chain of stored images as one flat disk.
 
-use std::cell::RefCell;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
-use knib_fuse::{BlockKey, BlockSource, FsError, FsResult, Span, SpanKind};
+use knib_fuse::{BlockKey, BlockSource, FsError, FsResult, Span, SpanKind, with_buffer};
+use knib_qcow::decompress_verified;
 
-use super::decode::decode;
 use super::flat::{Cluster, FlatCache, FlatRegion, REGION_BITS};
 use super::image::{StoredImage, number};
 use crate::store::Lease;
@@ -19,29 +19,14 @@ pub struct RawDisk {
     cluster_bits: u32,
     size: u64,
     flat: Arc<FlatCache>,
+    /// Where the disk was last waited for: the layer in the upper 16 bits, the byte in its file and one in the others.
+    waited: AtomicU64,
     /// Kept for as long as someone reads.
     _lease: Option<Arc<Lease>>,
 }
 
-thread_local! {
-    static SCRATCH: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
-}
-
-/// A thread's buffer, at least so long. It is given back to the allocator when it was needed larger than is usual.
-pub fn with_scratch<T>(len: usize, with: impl FnOnce(&mut [u8]) -> FsResult<T>) -> FsResult<T> {
-    /// A megabyte and an edge on both sides.
-    const USUAL: usize = (2 << 20) + 2 * PIECE as usize;
-    // Taken out while in use: whoever is called may want one too.
-    let mut buffer = SCRATCH.take();
-    if buffer.len() < len {
-        buffer.resize(len, 0);
-    }
-    let result = with(buffer.get_mut(..len).unwrap_or_default());
-    if buffer.len() <= USUAL {
-        SCRATCH.set(buffer);
-    }
-    result
-}
+/// Of [`RawDisk::waited`].
+const LAYER_SHIFT: u32 = 48;
 
 /// A place on the disk: region, cluster in it.
 struct At {
@@ -64,7 +49,15 @@ impl RawDisk {
             return Err(odd.damaged("its clusters are of another size than those above it"));
         }
         let numbers: Vec<u8> = layers.iter().flat_map(|l| l.number.to_le_bytes()).collect();
-        Ok(Self { number: number(&[b"chain", &numbers]), layers, cluster_bits, size, flat, _lease: lease })
+        Ok(Self {
+            number: number(&[b"chain", &numbers]),
+            layers,
+            cluster_bits,
+            size,
+            flat,
+            waited: AtomicU64::new(0),
+            _lease: lease,
+        })
     }
 
     fn at(&self, offset: u64) -> At {
@@ -163,7 +156,7 @@ impl BlockSource for RawDisk {
         if (from, to) == (offset, end) {
             return self.read_pieces(offset, buf);
         }
-        with_scratch((to - from) as usize, |wide| {
+        with_buffer((to - from) as usize, |wide| {
             self.read_pieces(from, wide)?;
             let skip = (offset - from) as usize;
             buf.copy_from_slice(wide.get(skip..skip + buf.len()).unwrap_or_default());
@@ -171,22 +164,49 @@ impl BlockSource for RawDisk {
         })
     }
 
-    fn read_block(&self, start: u64, _key: BlockKey, out: &mut [u8]) -> FsResult<()> {
+    fn read_block(&self, start: u64, key: BlockKey, out: &mut [u8]) -> FsResult<()> {
+        self.read_part(start, key, out.len(), 0, out)
+    }
+
+    fn read_part(&self, start: u64, _: BlockKey, _: usize, from: usize, buf: &mut [u8]) -> FsResult<()> {
         let at = self.at(start);
         let region = self.region(at.region)?;
         let Cluster::Compressed { layer, offset, len } = region.cluster(at.index) else {
             return Err(FsError::damage("a map that changed while it was read"));
         };
         let image = self.layer(layer)?;
-        with_scratch(len as usize, |stored| {
-            image.read(offset, stored)?;
+        let decode = |stored: &[u8], out: &mut [u8]| {
+            decompress_verified(image.codec, stored, out).map_err(|what| {
+                image.damaged(&format!("the compressed cluster at byte {offset} cannot be decoded: {what}"))
+            })
+        };
+        with_buffer(len as usize, |stored| {
+            // Only for compressed clusters: the disk rests while they are decoded. Where plain ones are read it has no
+            // time to spare, and reading around slows the reader down.
+            if image.read(offset, stored)? && offset < (1 << LAYER_SHIFT) - 1 {
+                self.waited.store(u64::from(layer) << LAYER_SHIFT | (offset + 1), Ordering::Relaxed);
+            }
             if !region.matches(at.index, 0, stored) {
                 return Err(self.not_as_written(image, offset, start));
             }
-            decode(image.codec, stored, out).map_err(|what| {
-                image.damaged(&format!("the compressed cluster at byte {offset} cannot be decoded: {what}"))
+            if from == 0 {
+                return decode(stored, buf);
+            }
+            with_buffer(from.saturating_add(buf.len()), |out| {
+                decode(stored, out)?;
+                buf.copy_from_slice(out.get(from..).unwrap_or_default());
+                Ok(())
             })
         })
+    }
+
+    fn replied(&self) {
+        let waited = self.waited.swap(0, Ordering::Relaxed);
+        let offset = waited & ((1 << LAYER_SHIFT) - 1);
+        if let (Some(offset), Ok(image)) = (offset.checked_sub(1), self.layer((waited >> LAYER_SHIFT) as u16))
+        {
+            image.bring_in(offset);
+        }
     }
 
     fn next_data(&self, offset: u64) -> FsResult<Option<u64>> {

@@ -60,6 +60,10 @@ impl Sums {
         file.read_exact_at(&mut head, 0).map_err(StoreError::io("read", path))?;
         let header = Header::decode(&head, len).map_err(damaged)?;
         let directory_bytes = read_span(&file, path, header.directory)?;
+        if len <= WANTED_SOON {
+            // Its blocks will be asked for one after the other: better they come all at once. Advice only.
+            let _ = rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::WillNeed);
+        }
         let directory = decode_directory(&directory_bytes, &header).map_err(damaged)?;
         Ok(Self {
             path: path.into(),
@@ -161,6 +165,9 @@ impl Sums {
         StoreError::damaged(&self.path, what)
     }
 }
+
+/// Files up to this length are read when they are opened: that of 100 GiB of compressed data. Bytes.
+const WANTED_SOON: u64 = 64 << 20;
 
 impl Drop for Sums {
     fn drop(&mut self) {
