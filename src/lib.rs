@@ -7,6 +7,7 @@ pub mod chain;
 pub mod cli;
 pub mod failpoint;
 pub mod hypervisor;
+pub mod img;
 pub mod mount;
 pub mod ops;
 pub mod store;

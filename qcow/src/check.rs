@@ -28,6 +28,23 @@ pub struct Report {
     pub leaks: u64,
     /// The first of them in words, at most 100.
     pub messages: Vec<String>,
+    /// How the clusters of the disk are laid out.
+    pub usage: Usage,
+}
+
+/// How the clusters of a disk are laid out, counted as `qemu-img check` counts them.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Usage {
+    /// Clusters of the guest's disk.
+    pub total: u64,
+    /// Those that have a place on the host, snapshots not counted.
+    pub allocated: u64,
+    /// Those that do not follow the one before them on the host; compressed ones never do.
+    pub fragmented: u64,
+    /// Those that are compressed.
+    pub compressed: u64,
+    /// Where the last cluster in use ends, in bytes.
+    pub end_offset: u64,
 }
 
 impl Report {
@@ -70,6 +87,7 @@ pub fn check(image: &Image, control: &Control) -> Result<Report> {
     c.snapshots()?;
     c.bitmaps()?;
     c.compare(&table)?;
+    c.report.usage.total = h.size.div_ceil(h.cluster_size());
     Ok(c.report)
 }
 
@@ -193,6 +211,8 @@ impl Check<'_> {
         let h = self.header;
         let step = (h.l2_entry_size() / 8) as usize;
         let words = self.words(offset, h.cluster_size() / 8, "an L2 table")?;
+        // Where the next cluster would lie if the file were not fragmented; each table begins anew.
+        let mut expected = None;
         for (at, entry) in words.chunks_exact(step).enumerate() {
             let word = entry.first().copied().unwrap_or(0);
             let subclusters = entry.get(1).copied().unwrap_or(0);
@@ -212,11 +232,22 @@ impl Check<'_> {
                     }
                     // The count of sectors may reach past the end of the file, the first byte may not.
                     let max_len = max_len.min(self.len.saturating_sub(offset)).max(1);
+                    if active {
+                        self.report.usage.allocated += 1;
+                        self.report.usage.compressed += 1;
+                        self.report.usage.fragmented += 1;
+                    }
                     self.count(offset, max_len, &what());
                 }
                 Ok(L2::Data(offset) | L2::Zero { allocated: Some(offset) }) => {
                     if allocated & zero != 0 {
                         self.report.corrupt(format!("{}: subclusters both allocated and zero", what()));
+                    }
+                    if active {
+                        self.report.usage.allocated += 1;
+                        let follows = expected.is_none_or(|e| e == offset);
+                        self.report.usage.fragmented += u64::from(!follows);
+                        expected = offset.checked_add(h.cluster_size());
                     }
                     if h.external_data() {
                         continue;
@@ -241,8 +272,7 @@ impl Check<'_> {
     /// The copied flag stands exactly where the stored refcount is 1.
     fn copied(&mut self, flag: bool, offset: u64, what: &str) -> Result<()> {
         let count = self.stored_count(offset >> self.header.cluster_bits)?;
-        // A refcount of 0 is told by the comparison.
-        if count != 0 && flag != (count == 1) {
+        if flag != (count == 1) {
             let flag = if flag { "set" } else { "clear" };
             self.report.corrupt(format!(
                 "{what} at {offset:#x}: the copied flag is {flag}, its refcount is {count}"
@@ -362,6 +392,9 @@ impl Check<'_> {
                 let part = self.counts.get_mut(&(cluster / PART));
                 let counted =
                     part.and_then(|p| p.get_mut((cluster % PART) as usize)).map_or(0, std::mem::take);
+                if stored > 0 || counted > 0 {
+                    self.used(cluster);
+                }
                 if stored != u64::from(counted) {
                     self.differ(cluster, stored, u64::from(counted));
                 }
@@ -375,9 +408,15 @@ impl Check<'_> {
         }
         left.sort_unstable();
         for (cluster, counted) in left {
+            self.used(cluster);
             self.differ(cluster, 0, u64::from(counted));
         }
         Ok(())
+    }
+
+    fn used(&mut self, cluster: u64) {
+        let end = (cluster + 1).saturating_mul(self.header.cluster_size());
+        self.report.usage.end_offset = self.report.usage.end_offset.max(end);
     }
 
     fn differ(&mut self, cluster: u64, stored: u64, counted: u64) {

@@ -18,11 +18,12 @@ pub mod measure;
 mod refcount;
 mod rw;
 pub mod snapshot;
+mod status;
 mod storage;
 pub mod writer;
 
 pub use chain::{Chain, Extent, ExtentKind};
-pub use check::{Report, check};
+pub use check::{Report, Usage, check};
 pub use codec::Compression;
 pub use commit::commit;
 pub use compare::{Difference, compare};
@@ -34,6 +35,7 @@ pub use header::{CompressionType, Format, Header};
 pub use image::Image;
 pub use lock::{Locking, check_unused};
 pub use rw::{Backing, ImageMut, Preallocation};
+pub use status::{Layers, Status};
 pub use storage::{Access, FileStorage, Storage};
 pub use writer::{
     ChainSource, Control, NewImage, NoObserver, Observer, Place, Run, Source, Written, write_image, write_raw,

@@ -37,6 +37,10 @@ pub trait Storage: Send + Sync {
     fn next_data(&self, offset: u64) -> io::Result<Option<u64>>;
     /// The first byte at or after `offset` that lies in a hole (the end of the file is one).
     fn next_hole(&self, offset: u64) -> io::Result<u64>;
+    /// Bytes that the file occupies on its file system.
+    fn allocated(&self) -> io::Result<u64> {
+        self.len()
+    }
     /// Device and inode, by which a loop of backing files is noticed.
     fn identity(&self) -> Option<(u64, u64)>;
     /// The path, for messages.
@@ -205,6 +209,10 @@ impl Storage for FileStorage {
             }
             Err(e) => Err(e.into()),
         }
+    }
+
+    fn allocated(&self) -> io::Result<u64> {
+        Ok(self.file.metadata()?.blocks().saturating_mul(512))
     }
 
     fn identity(&self) -> Option<(u64, u64)> {

@@ -4,6 +4,7 @@ mod backup;
 mod check;
 mod compress;
 mod export;
+mod img;
 mod init;
 mod list;
 mod mount;
@@ -73,6 +74,8 @@ enum Command {
     Remove(remove::Args),
     /// Compress a stored backup.
     Compress(compress::Args),
+    /// Work on raw and qcow2 images, as qemu-img does.
+    Img(img::Args),
     /// Mount the store as a read-only file system.
     Mount(mount::Args),
     /// Unmount a store, unless it is in use.
@@ -118,10 +121,17 @@ impl Context {
 
 /// Runs the program.
 pub fn run() -> ExitCode {
+    let line: Vec<_> = std::env::args_os().collect();
+    if let Some(code) = img::called(&line) {
+        return code;
+    }
     // Wrong usage ends here, with exit code 2 and clap's own help.
     let cli = Cli::parse();
     start_log();
     let context = Context { store: cli.store, out: Out::new(cli.json) };
+    if let Command::Img(args) = &cli.command {
+        return img::run(args);
+    }
     match dispatch(&context, cli.command) {
         Ok(()) => ExitCode::SUCCESS,
         Err(Failure::Usage(message)) => {
@@ -150,6 +160,8 @@ fn dispatch(context: &Context, command: Command) -> Outcome {
         Command::Check(args) => check::run(context, &args),
         Command::Remove(args) => remove::run(context, &args),
         Command::Compress(args) => compress::run(context, &args),
+        // Its exit codes are its own: it was run before.
+        Command::Img(_) => Ok(()),
         Command::Mount(args) => mount::run(context, &args),
         Command::Umount(args) => mount::run_umount(&args),
         #[cfg(feature = "libvirt")]

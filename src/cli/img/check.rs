@@ -1,0 +1,124 @@
+//! `img check`: whether an image's metadata holds together.
+
+use std::sync::atomic::AtomicBool;
+
+use knib_qcow::{Control, Format, Image, Report};
+
+use super::json::Json;
+use super::options::{Given, flag, value};
+use super::{Command, Done, Output, check_cache, say, warn};
+use crate::img::Failure;
+use crate::img::open::{Following, Mode, open};
+
+/// Nothing is wrong but lost space.
+const LEAKS: u8 = 3;
+/// The image is corrupt.
+const CORRUPT: u8 = 2;
+/// The format has nothing to check.
+const NO_CHECKS: u8 = 63;
+
+pub const COMMAND: Command = Command {
+    name: "check",
+    about: "Check that an image's metadata holds together",
+    usage: "[OPTIONS] FILENAME",
+    options: &[
+        value('f', "format", "FMT", "format of the image: raw or qcow2"),
+        flag('q', "quiet", "print errors only"),
+        value('T', "cache", "CACHE_MODE", "accepted; reads go through the page cache"),
+        flag('U', "force-share", "read though another process may write"),
+        Output::OPTION,
+    ],
+    run,
+};
+
+fn run(given: &Given) -> Done {
+    let name = given.one_name()?;
+    let output = Output::of(given)?;
+    check_cache(given, "cache")?;
+    let share = given.has("force-share");
+    let opened = open(name, given.text("format")?, Mode::reading(share))?;
+    if opened.format == Format::Raw {
+        return Err(Failure::new("This image format does not support checks").with_code(NO_CHECKS));
+    }
+    let image = Image::open(opened.storage.clone(), &Following::new(share)).map_err(|e| opened.wrong(&e))?;
+    let cancel = AtomicBool::new(false);
+    let control = Control { threads: 1, rate_limit: None, cancel: &cancel, progress: &|_| {} };
+    let report = knib_qcow::check(&image, &control)?;
+    if output == Output::Human {
+        for message in &report.messages {
+            warn(message);
+        }
+    }
+    if !given.has("quiet") {
+        match output {
+            Output::Human => say(&human(&report))?,
+            Output::Json => {
+                let file = opened.path.to_string_lossy();
+                say(&format!("{}\n", json(&file, &report).pretty()))?;
+            }
+        }
+    }
+    Ok(if report.corruptions > 0 {
+        CORRUPT
+    } else if report.leaks > 0 {
+        LEAKS
+    } else {
+        0
+    })
+}
+
+#[allow(clippy::cast_precision_loss)] // two digits are shown
+fn human(report: &Report) -> String {
+    let mut text = String::new();
+    if report.corruptions == 0 && report.leaks == 0 {
+        text += "No errors were found on the image.\n";
+    }
+    if report.corruptions > 0 {
+        text += &format!(
+            "\n{} errors were found on the image.\nData may be corrupted, or further writes to the image may corrupt it.\n",
+            report.corruptions
+        );
+    }
+    if report.leaks > 0 {
+        text += &format!(
+            "\n{} leaked clusters were found on the image.\nThis means waste of disk space, but no harm to data.\n",
+            report.leaks
+        );
+    }
+    let usage = &report.usage;
+    if usage.total != 0 && usage.allocated != 0 {
+        let share = |part: u64, whole: u64| part as f64 * 100.0 / whole as f64;
+        text += &format!(
+            "{}/{} = {:.2}% allocated, {:.2}% fragmented, {:.2}% compressed clusters\n",
+            usage.allocated,
+            usage.total,
+            share(usage.allocated, usage.total),
+            share(usage.fragmented, usage.allocated),
+            share(usage.compressed, usage.allocated),
+        );
+    }
+    if usage.end_offset > 0 {
+        text += &format!("Image end offset: {}\n", usage.end_offset);
+    }
+    text
+}
+
+fn json(file: &str, report: &Report) -> Json {
+    let usage = &report.usage;
+    let mut members =
+        vec![("filename", file.into()), ("format", "qcow2".into()), ("check-errors", 0u64.into())];
+    for (key, count) in [
+        ("image-end-offset", usage.end_offset),
+        ("corruptions", report.corruptions),
+        ("leaks", report.leaks),
+        ("total-clusters", usage.total),
+        ("allocated-clusters", usage.allocated),
+        ("fragmented-clusters", usage.fragmented),
+        ("compressed-clusters", usage.compressed),
+    ] {
+        if count > 0 {
+            members.push((key, count.into()));
+        }
+    }
+    Json::Object(members)
+}

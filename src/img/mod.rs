@@ -1,0 +1,10 @@
+//! What `knibfs img` knows of images besides the engine: names as QEMU reads them, sizes, option lists, opening with
+//! QEMU's locks. Talks to nobody.
+
+mod failure;
+pub mod name;
+pub mod open;
+pub mod optlist;
+pub mod size;
+
+pub use failure::Failure;
