@@ -252,10 +252,12 @@ impl Check<'_> {
                     if h.external_data() {
                         continue;
                     }
-                    let inside = offset < self.len;
-                    if !inside {
+                    if offset < self.len {
+                        self.count(offset, h.cluster_size(), &what());
+                    } else {
                         self.report.corrupt(format!("{} at {offset:#x} lies outside the file", what()));
-                    } else if self.count(offset, h.cluster_size(), &what()) && active {
+                    }
+                    if active {
                         self.copied(word & COPIED != 0, offset, &what())?;
                     }
                 }

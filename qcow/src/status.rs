@@ -74,7 +74,8 @@ impl Layers {
             let (size, kind) = match format {
                 Format::Raw => {
                     let io = |e| Error::io(storage.path(), "asking for the length", e);
-                    (storage.len().map_err(io)?, Kind::Raw)
+                    // As QEMU does, in whole sectors.
+                    (storage.len().map_err(io)?.next_multiple_of(512), Kind::Raw)
                 }
                 Format::Qcow2 => {
                     let image = Image::open(storage.clone(), gate)?;
@@ -86,7 +87,13 @@ impl Layers {
                     (h.size, Kind::Qcow2(Box::new(image)))
                 }
             };
-            layers.push(Layer { storage, size, kind, table: Mutex::default(), preallocated: OnceLock::new() });
+            layers.push(Layer {
+                storage,
+                size,
+                kind,
+                table: Mutex::default(),
+                preallocated: OnceLock::new(),
+            });
         }
         Ok(Self { layers })
     }
@@ -138,12 +145,7 @@ impl Layer {
                 {
                     let below = hole_or_data(&**image.data_storage(), host, host + status.len)?;
                     status.zero |= below.zero;
-                    // What lies past the end of the file reads as zeros too.
-                    if below.len > 0 {
-                        status.len = status.len.min(below.len);
-                    } else {
-                        status.zero = true;
-                    }
+                    status.len = below.len;
                 }
                 Ok(status)
             }
@@ -268,10 +270,10 @@ impl Layer {
     }
 }
 
-/// A run of data or a hole of a file; empty past its end.
+/// A run of data or a hole of a file; what lies past its end reads as zeros.
 fn hole_or_data(storage: &dyn Storage, offset: u64, end: u64) -> Result<Status> {
     let io = |e| Error::io(storage.path(), "looking for holes", e);
-    let end = end.min(storage.len().map_err(io)?);
+    let file_end = storage.len().map_err(io)?;
     let mut status = Status {
         len: end.saturating_sub(offset),
         depth: 0,
@@ -281,15 +283,13 @@ fn hole_or_data(storage: &dyn Storage, offset: u64, end: u64) -> Result<Status> 
         compressed: false,
         offset: Some(offset),
     };
-    if status.len == 0 {
-        return Ok(status);
-    }
     let data = storage.next_data(offset).map_err(io)?.unwrap_or(end);
-    if data > offset {
-        status.len = data.min(end) - offset;
+    if data > offset || offset >= file_end {
+        status.len = data.max(offset).min(end) - offset;
     } else {
         let hole = storage.next_hole(offset).map_err(io)?;
-        status.len = if hole > offset { hole.min(end) - offset } else { status.len };
+        let hole = if hole > offset { hole } else { file_end };
+        status.len = hole.min(end) - offset;
         (status.zero, status.data) = (false, true);
     }
     Ok(status)

@@ -1,6 +1,7 @@
 //! What `knibfs img` knows of images besides the engine: names as QEMU reads them, sizes, option lists, opening with
 //! QEMU's locks. Talks to nobody.
 
+pub mod create;
 mod failure;
 pub mod name;
 pub mod open;

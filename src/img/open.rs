@@ -4,7 +4,9 @@ use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use knib_qcow::{Access, Chain, FileStorage, Format, Gate, Header, Implicit, Locking, PlainPaths, Storage};
+use knib_qcow::{
+    Access, Chain, FileStorage, Format, Gate, Header, Implicit, LockedPaths, Locking, PlainPaths, Storage,
+};
 
 use super::{Failure, name};
 
@@ -156,13 +158,13 @@ impl Opened {
 
 /// Follows plain paths with an explicit format, with a reader's locks unless told not to.
 pub struct Following {
-    locking: Locking,
+    share: bool,
 }
 
 impl Following {
     /// Locks what it opens, unless `share` is set.
     pub fn new(share: bool) -> Self {
-        Self { locking: if share { Locking::Off } else { Locking::Reader } }
+        Self { share }
     }
 }
 
@@ -175,9 +177,10 @@ impl Gate for Following {
         format: Option<&str>,
     ) -> knib_qcow::Result<(Arc<dyn Storage>, Format)> {
         let plain = named.strip_prefix("file:").unwrap_or(named);
-        // The rule is that of plain paths; only the locks differ.
-        let (storage, format) = PlainPaths.open(from, kind, plain, format)?;
-        let path = storage.path().to_owned();
-        Ok((FileStorage::open_with(&path, Access::Read, self.locking)?, format))
+        if self.share {
+            PlainPaths.open(from, kind, plain, format)
+        } else {
+            LockedPaths.open(from, kind, plain, format)
+        }
     }
 }

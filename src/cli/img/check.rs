@@ -44,10 +44,8 @@ fn run(given: &Given) -> Done {
     let cancel = AtomicBool::new(false);
     let control = Control { threads: 1, rate_limit: None, cancel: &cancel, progress: &|_| {} };
     let report = knib_qcow::check(&image, &control)?;
-    if output == Output::Human {
-        for message in &report.messages {
-            warn(message);
-        }
+    for message in &report.messages {
+        warn(message);
     }
     if !given.has("quiet") {
         match output {

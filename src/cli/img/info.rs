@@ -1,7 +1,6 @@
 //! `img info`: what an image is.
 
 use std::collections::HashSet;
-use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _};
 use std::path::Path;
 
 use knib_qcow::header::incompatible;
@@ -81,14 +80,13 @@ struct Info {
 
 impl Info {
     fn of(opened: &Opened) -> Result<Self, Failure> {
-        let meta = opened.storage.file().metadata()?;
-        let device = meta.file_type().is_block_device();
+        let device = opened.storage.is_block_device();
         Ok(Self {
             path: opened.path.to_string_lossy().into_owned(),
             protocol: if device { "host_device" } else { "file" },
             // QEMU counts in whole sectors.
             file_len: opened.storage.len()?.next_multiple_of(512),
-            disk_size: meta.blocks().saturating_mul(512),
+            disk_size: opened.storage.allocated()?,
             header: opened.header()?,
         })
     }

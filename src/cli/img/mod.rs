@@ -2,7 +2,7 @@
 //! `qemu-img` to this program stands in for it.
 
 mod check;
-
+mod create;
 mod info;
 mod json;
 mod map;
@@ -33,7 +33,7 @@ struct Command {
     run: fn(&Given) -> Done,
 }
 
-const COMMANDS: &[Command] = &[check::COMMAND, info::COMMAND, map::COMMAND];
+const COMMANDS: &[Command] = &[check::COMMAND, create::COMMAND, info::COMMAND, map::COMMAND];
 
 /// What every command takes.
 const COMMON: &[Opt] = &[flag('h', "help", "show this help")];

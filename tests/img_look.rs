@@ -1,0 +1,135 @@
+//! `img info`, `map` and `check` say what `qemu-img` says, of images of every kind.
+#![allow(clippy::unwrap_used, clippy::panic, missing_docs)]
+
+mod img_support;
+
+use std::os::unix::fs::FileExt as _;
+
+use img_support::{Bench, ours, zoo};
+
+#[test]
+fn images_of_every_kind_look_the_same() {
+    let bench = Bench::new();
+    for (image, format) in zoo(&bench) {
+        for line in [
+            &["info"][..],
+            &["info", "--output=json"],
+            &["info", "-U", "--backing-chain", "--output", "json"],
+            &["info", "--backing-chain", "-f", format],
+            &["map", "--output=json"],
+            &["map", "-f", format],
+            &["map", "--output=json", "--start-offset=100k", "--max-length=1M"],
+            &["map", "--start-offset", "65537", "--max-length", "70000"],
+            &["map", "--output=json", "-s", "1T"],
+            &["check"],
+            &["check", "--output=json", "-f", format],
+            &["check", "-q", "-U"],
+        ] {
+            let mut line = line.to_vec();
+            line.push(image);
+            bench.same(&line);
+        }
+    }
+}
+
+#[test]
+fn wrong_lines_end_with_the_same_code_and_a_sentence() {
+    let bench = Bench::new();
+    bench.qemu_img(&["create", "-q", "-f", "qcow2", "a.qcow2", "1M"]);
+    for line in [
+        &[][..],
+        &["nonsense"],
+        &["--nonsense"],
+        &["info"],
+        &["info", "a.qcow2", "a.qcow2"],
+        &["info", "missing"],
+        &["info", "-x", "a.qcow2"],
+        &["info", "-f"],
+        &["info", "-f", "nonsense", "a.qcow2"],
+        &["info", "-f", "vmdk", "a.qcow2"],
+        &["info", "--output=xml", "a.qcow2"],
+        &["info", "."],
+        &["info", "nbd://localhost/x"],
+        &["info", "nonsense:x"],
+        &["map", "missing"],
+        &["map", "--start-offset=x", "a.qcow2"],
+        &["check", "missing"],
+        &["check"],
+        &["check", "-f", "raw", "a.qcow2"],
+        &["check", "-T", "nonsense", "a.qcow2"],
+    ] {
+        bench.same(line);
+    }
+}
+
+#[test]
+fn what_is_not_supported_is_said_in_a_sentence() {
+    let bench = Bench::new();
+    bench.qemu_img(&["create", "-q", "-f", "vmdk", "a.vmdk", "1M"]);
+    bench.qemu_img(&["create", "-q", "-f", "qcow2", "a.qcow2", "1M"]);
+    for (line, word) in [
+        (&["info", "a.vmdk"][..], "VMDK"),
+        (&["info", "--image-opts", "driver=qcow2,file.filename=a.qcow2"], "--image-opts"),
+        (&["info", "--object", "secret,id=s,data=x", "a.qcow2"], "--object"),
+        (&["info", "json:{}"], "json"),
+    ] {
+        let (said, errors) = ours(line, bench.dir.path());
+        assert_eq!((said.code, said.stdout.as_str()), (Some(1), ""), "{line:?}");
+        assert!(errors.contains(word) && errors.contains("supported"), "{line:?}: {errors}");
+    }
+}
+
+#[test]
+fn damage_is_counted_as_qemu_counts_it() {
+    let bench = Bench::new();
+    bench.qemu_img(&["create", "-q", "-f", "qcow2", "base.qcow2", "4M"]);
+    bench.io("qcow2", "base.qcow2", &["write -P 1 0 1M"]);
+    let base = std::fs::read(bench.path("base.qcow2")).unwrap();
+    let word = |at: usize| u64::from_be_bytes(base[at..at + 8].try_into().unwrap());
+    let block = word(word(48) as usize) as usize;
+    let l1 = word(40) as usize;
+    let l2 = (word(l1) & 0x00ff_ffff_ffff_fe00) as usize;
+    for (name, at, bytes) in [
+        ("a refcount that is too low", block + 12, &[0, 0][..]),
+        ("a leak", block + 12, &[0, 2]),
+        ("the refcount of the header", block, &[0, 0]),
+        ("a copied flag that is missing", l2, &[0]),
+        ("the L2 table's copied flag", l1, &[0]),
+        ("a cluster used twice", l2 + 8, &base[l2..l2 + 8]),
+        ("a cluster past the end", l2 + 3, &[9]),
+    ] {
+        std::fs::copy(bench.path("base.qcow2"), bench.path("hurt.qcow2")).unwrap();
+        let file = std::fs::OpenOptions::new().write(true).open(bench.path("hurt.qcow2")).unwrap();
+        file.write_all_at(bytes, at as u64).unwrap();
+        drop(file);
+        let said = bench.same(&["check", "hurt.qcow2"]);
+        assert_ne!(said.code, Some(0), "{name}");
+        bench.same(&["check", "--output=json", "hurt.qcow2"]);
+        bench.same(&["check", "-q", "hurt.qcow2"]);
+    }
+}
+
+#[test]
+fn an_image_that_is_written_is_left_alone_unless_shared() {
+    let bench = Bench::new();
+    bench.qemu_img(&["create", "-q", "-f", "qcow2", "a.qcow2", "1M"]);
+    let path = bench.path("a.qcow2");
+    let writer = knib_qcow::FileStorage::open(&path, knib_qcow::Access::ReadWrite).unwrap();
+    for line in [["info", "a.qcow2"], ["map", "a.qcow2"], ["check", "a.qcow2"]] {
+        let said = bench.same(&line);
+        assert_eq!(said.code, Some(1), "{line:?}");
+        bench.same(&[line[0], "-U", line[1]]);
+    }
+    drop(writer);
+    bench.same(&["info", "a.qcow2"]);
+}
+
+#[test]
+fn help_and_version_are_there() {
+    let bench = Bench::new();
+    for line in [&["--help"][..], &["-h"], &["info", "--help"], &["map", "-h"]] {
+        let text = bench.img(line);
+        assert!(text.contains("Usage: knibfs img"), "{line:?}: {text}");
+    }
+    assert!(bench.img(&["--version"]).starts_with("qemu-img version 10."));
+}
