@@ -48,6 +48,10 @@ pub struct Usage {
 }
 
 impl Report {
+    /// Whether nothing is wrong, not even lost space.
+    pub fn is_clean(&self) -> bool {
+        self.corruptions == 0 && self.leaks == 0
+    }
     fn corrupt(&mut self, what: String) {
         self.corruptions += 1;
         self.say(what);
@@ -274,6 +278,7 @@ impl Check<'_> {
     /// The copied flag stands exactly where the stored refcount is 1.
     fn copied(&mut self, flag: bool, offset: u64, what: &str) -> Result<()> {
         let count = self.stored_count(offset >> self.header.cluster_bits)?;
+        // A refcount of 0 is told by the comparison too: QEMU counts both.
         if flag != (count == 1) {
             let flag = if flag { "set" } else { "clear" };
             self.report.corrupt(format!(

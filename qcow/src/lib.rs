@@ -19,6 +19,7 @@ pub mod measure;
 mod refcount;
 mod rw;
 pub mod snapshot;
+mod snapshot_view;
 mod status;
 mod storage;
 pub mod writer;

@@ -68,7 +68,8 @@ fn sound_images_of_every_kind_are_clean() {
         (data.as_str(), false, false),
     ] {
         image(&path, options, snapshot, bitmap);
-        assert_eq!(report(&path).unwrap(), Report::default(), "{options}");
+        let found = report(&path).unwrap();
+        assert!(found.is_clean(), "{options}: {found:?}");
     }
 }
 
@@ -116,7 +117,7 @@ fn a_flipped_bit_in_the_tables_is_seen_as_qemu_sees_it() {
         bytes[at] ^= 1 << bit;
         std::fs::write(&path, bytes).unwrap();
         let (code, text) = tool("qemu-img", &["check", "-f", "qcow2", s(&path)]);
-        let clean = report(&path).is_ok_and(|r| r == Report::default());
+        let clean = report(&path).is_ok_and(|r| r.is_clean());
         assert_eq!(clean, code == 0, "bit {bit} of byte {at:#x}: {:?}\nqemu: {text}", report(&path));
         damaged += u32::from(!clean);
     }

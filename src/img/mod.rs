@@ -7,5 +7,6 @@ pub mod name;
 pub mod open;
 pub mod optlist;
 pub mod size;
+pub mod snapshots;
 
 pub use failure::Failure;

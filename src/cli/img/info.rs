@@ -3,7 +3,9 @@
 use std::collections::HashSet;
 use std::path::Path;
 
+use knib_qcow::bitmap::{self, Bitmap};
 use knib_qcow::header::incompatible;
+use knib_qcow::snapshot::{self, Snapshot};
 use knib_qcow::{CompressionType, Format, Header, Storage as _};
 
 use super::json::Json;
@@ -76,10 +78,20 @@ struct Info {
     file_len: u64,
     disk_size: u64,
     header: Option<Header>,
+    snapshots: Vec<Snapshot>,
+    bitmaps: Vec<Bitmap>,
 }
 
 impl Info {
     fn of(opened: &Opened) -> Result<Self, Failure> {
+        let header = opened.header()?;
+        let (snapshots, bitmaps) = match &header {
+            Some(_) => (
+                snapshot::list(&*opened.storage).map_err(|e| opened.wrong(&e))?,
+                bitmap::list(&*opened.storage).map_err(|e| opened.wrong(&e))?,
+            ),
+            None => (Vec::new(), Vec::new()),
+        };
         let device = opened.storage.is_block_device();
         Ok(Self {
             path: opened.path.to_string_lossy().into_owned(),
@@ -87,7 +99,9 @@ impl Info {
             // QEMU counts in whole sectors.
             file_len: opened.storage.len()?.next_multiple_of(512),
             disk_size: opened.storage.allocated()?,
-            header: opened.header()?,
+            header,
+            snapshots,
+            bitmaps,
         })
     }
 
@@ -125,8 +139,12 @@ impl Info {
             if let Some(format) = h.backing_format.as_ref().filter(|_| h.backing.is_some()) {
                 text += &format!("backing file format: {format}\n");
             }
+            if !self.snapshots.is_empty() {
+                text += "Snapshot list:\n";
+                text += &snapshot_table(&self.snapshots);
+            }
             text += "Format specific information:\n";
-            text += &human_members(&specifics(h), 4);
+            text += &human_members(&specifics(h, &self.bitmaps), 4);
         }
         text += &format!(
             "Child node '/file':\n    filename: {}\n    protocol type: {}\n    file length: {}\n    disk size: {}\n",
@@ -162,8 +180,14 @@ impl Info {
             members.push(("cluster-size", h.cluster_size().into()));
             members.push((
                 "format-specific",
-                Json::Object(vec![("type", "qcow2".into()), ("data", Json::Object(specifics(h)))]),
+                Json::Object(vec![
+                    ("type", "qcow2".into()),
+                    ("data", Json::Object(specifics(h, &self.bitmaps))),
+                ]),
             ));
+            if !self.snapshots.is_empty() {
+                members.push(("snapshots", Json::List(self.snapshots.iter().map(snapshot_json).collect())));
+            }
             if let Some(backing) = &h.backing {
                 let full = name::combine(Path::new(&self.path), backing);
                 members.push(("backing-filename", backing.as_str().into()));
@@ -178,7 +202,7 @@ impl Info {
 }
 
 /// What only qcow2 has, in the order in which people see it.
-fn specifics(h: &Header) -> Vec<(&'static str, Json)> {
+fn specifics(h: &Header, bitmaps: &[Bitmap]) -> Vec<(&'static str, Json)> {
     let compression = match h.compression {
         CompressionType::Deflate => "zlib",
         CompressionType::Zstd => "zstd",
@@ -187,6 +211,9 @@ fn specifics(h: &Header) -> Vec<(&'static str, Json)> {
     members.push(("compression-type", compression.into()));
     if h.version >= 3 {
         members.push(("lazy-refcounts", (h.compatible & LAZY_REFCOUNTS != 0).into()));
+    }
+    if !bitmaps.is_empty() {
+        members.push(("bitmaps", Json::List(bitmaps.iter().map(bitmap_json).collect())));
     }
     members.push(("refcount-bits", (1u64 << h.refcount_order).into()));
     if h.version >= 3 {
@@ -198,6 +225,50 @@ fn specifics(h: &Header) -> Vec<(&'static str, Json)> {
         members.push(("extended-l2", h.extended_l2().into()));
     }
     members
+}
+
+fn bitmap_json(b: &Bitmap) -> Json {
+    let flags = [(b.in_use, "in-use"), (b.auto, "auto")];
+    let flags = flags.into_iter().filter(|(set, _)| *set).map(|(_, name)| name.into()).collect();
+    Json::Object(vec![
+        ("flags", Json::List(flags)),
+        ("name", b.name.as_str().into()),
+        ("granularity", b.granularity.into()),
+    ])
+}
+
+fn snapshot_json(s: &Snapshot) -> Json {
+    let mut members = vec![
+        ("id", s.id.as_str().into()),
+        ("name", s.name.as_str().into()),
+        ("vm-state-size", s.vm_state_size.into()),
+        ("date-sec", s.date.0.into()),
+        ("date-nsec", s.date.1.into()),
+        ("vm-clock-sec", (s.vm_clock / 1_000_000_000).into()),
+        ("vm-clock-nsec", (s.vm_clock % 1_000_000_000).into()),
+    ];
+    members.extend(s.icount.map(|n| ("icount", n.into())));
+    Json::Object(members)
+}
+
+/// The table of snapshots that `info` and `snapshot -l` print, without its title.
+pub fn snapshot_table(snapshots: &[Snapshot]) -> String {
+    let row = |cells: [&str; 6]| {
+        let [id, tag, size, date, clock, icount] = cells;
+        format!("{id:<7} {tag:<16} {size:>8} {date:>19} {clock:>15} {icount:>10}\n")
+    };
+    let mut text = row(["ID", "TAG", "VM_SIZE", "DATE", "VM_CLOCK", "ICOUNT"]);
+    for s in snapshots {
+        let date = jiff::Timestamp::from_second(s.date.0.into())
+            .map(|t| t.to_zoned(jiff::tz::TimeZone::system()).strftime("%Y-%m-%d %H:%M:%S").to_string())
+            .unwrap_or_default();
+        let (seconds, milliseconds) = (s.vm_clock / 1_000_000_000, s.vm_clock / 1_000_000 % 1000);
+        let (hours, minutes) = (seconds / 3600, seconds / 60 % 60);
+        let clock = format!("{hours:04}:{minutes:02}:{:02}.{milliseconds:03}", seconds % 60);
+        let icount = s.icount.map_or_else(|| "--".to_owned(), |n| n.to_string());
+        text += &row([&s.id, &s.name, &size::human(s.vm_state_size), &date, &clock, &icount]);
+    }
+    text
 }
 
 /// Members one a line, dashes as spaces, lists and objects indented.

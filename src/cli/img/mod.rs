@@ -2,10 +2,12 @@
 //! `qemu-img` to this program stands in for it.
 
 mod check;
+mod compare;
 mod create;
 mod info;
 mod json;
 mod map;
+mod measure;
 mod options;
 mod progress;
 
@@ -33,7 +35,8 @@ struct Command {
     run: fn(&Given) -> Done,
 }
 
-const COMMANDS: &[Command] = &[check::COMMAND, create::COMMAND, info::COMMAND, map::COMMAND];
+const COMMANDS: &[Command] =
+    &[check::COMMAND, compare::COMMAND, create::COMMAND, info::COMMAND, map::COMMAND, measure::COMMAND];
 
 /// What every command takes.
 const COMMON: &[Opt] = &[flag('h', "help", "show this help")];
@@ -182,6 +185,12 @@ fn check_cache(given: &Given, option: &str) -> Result<(), Failure> {
         None | Some("none" | "off" | "writeback" | "writethrough" | "directsync" | "unsafe") => Ok(()),
         Some(other) => Err(Failure::new(format!("Invalid cache option: {other}"))),
     }
+}
+
+/// Worker threads: as many as there are processors, and at most so many as were asked for (`-m`, 8 if not).
+fn threads(wanted: Option<usize>) -> usize {
+    let there = std::thread::available_parallelism().map_or(2, std::num::NonZero::get);
+    there.min(wanted.unwrap_or(8)).max(1)
 }
 
 fn help(program: &str) -> String {

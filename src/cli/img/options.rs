@@ -164,11 +164,6 @@ impl Given {
             .collect()
     }
 
-    /// The options in the order in which they were given.
-    pub fn in_order(&self) -> impl Iterator<Item = (&'static str, &OsStr)> {
-        self.options.iter().map(|(name, value)| (*name, value.as_os_str()))
-    }
-
     /// The only word, or the message that one is needed.
     pub fn one_name(&self) -> Result<&OsStr, Failure> {
         match self.words.as_slice() {

@@ -1,0 +1,87 @@
+//! `img compare` and `img measure` say what `qemu-img` says.
+#![allow(clippy::unwrap_used, clippy::panic, missing_docs)]
+
+mod img_support;
+
+use img_support::{Bench, zoo};
+
+#[test]
+fn images_compare_alike() {
+    let bench = Bench::new();
+    let all = zoo(&bench);
+    bench.qemu_img(&["convert", "-f", "qcow2", "-O", "raw", "top.qcow2", "top.raw"]);
+    bench.qemu_img(&["convert", "-f", "qcow2", "-O", "qcow2", "-c", "top.qcow2", "packed.qcow2"]);
+    for (a, b) in [("top.qcow2", "top.raw"), ("top.raw", "packed.qcow2"), ("packed.qcow2", "top.qcow2")] {
+        assert_eq!(bench.same(&["compare", a, b]).code, Some(0));
+        bench.same(&["compare", "-s", a, b]);
+        bench.same(&["compare", "-q", a, b]);
+    }
+    // Each with the next: some differ in content, some in size, some in both.
+    for pair in all.windows(2) {
+        let ((a, f), (b, g)) = (pair[0], pair[1]);
+        bench.same(&["compare", "-f", f, "-F", g, a, b]);
+        bench.same(&["compare", "-s", a, b]);
+    }
+    bench.same(&["compare", "-U", "-T", "none", "empty.qcow2", "nothing.raw"]);
+}
+
+#[test]
+fn one_changed_byte_is_found_where_qemu_finds_it() {
+    let bench = Bench::new();
+    zoo(&bench);
+    for at in [0u64, 65_535, 70_000, 1_048_575, 3_145_727] {
+        bench.qemu_img(&["convert", "-f", "qcow2", "-O", "qcow2", "top.qcow2", "other.qcow2"]);
+        bench.io("qcow2", "other.qcow2", &[&format!("write -P 0x77 {at} 1")]);
+        assert_eq!(bench.same(&["compare", "top.qcow2", "other.qcow2"]).code, Some(1));
+        bench.same(&["compare", "-s", "other.qcow2", "top.qcow2"]);
+    }
+}
+
+#[test]
+fn errors_have_the_codes_of_qemu() {
+    let bench = Bench::new();
+    bench.qemu_img(&["create", "-q", "-f", "qcow2", "a.qcow2", "1M"]);
+    for line in [
+        &["compare", "a.qcow2"][..],
+        &["compare", "a.qcow2", "missing"],
+        &["compare", "missing", "a.qcow2"],
+        &["compare", "-f", "nonsense", "a.qcow2", "a.qcow2"],
+        &["compare", "-T", "nonsense", "a.qcow2", "a.qcow2"],
+        &["compare", "-x", "a.qcow2", "a.qcow2"],
+        &["measure"],
+        &["measure", "a.qcow2", "a.qcow2"],
+        &["measure", "--size", "x"],
+        &["measure", "--size", "1M", "a.qcow2"],
+        &["measure", "-l", "s", "--size", "1M"],
+        &["measure", "-f", "qcow2", "--size", "1M"],
+        &["measure", "-O", "nonsense", "--size", "1M"],
+        &["measure", "-o", "nonsense=1", "--size", "1M"],
+        &["measure", "-O", "qcow2", "-o", "cluster_size=1", "--size", "1M"],
+        &["measure", "missing"],
+        &["measure", "-l", "nonsense", "a.qcow2"],
+    ] {
+        bench.same(line);
+    }
+}
+
+#[test]
+fn measures_agree() {
+    let bench = Bench::new();
+    for (image, format) in zoo(&bench) {
+        bench.same(&["measure", "-f", format, image]);
+        bench.same(&["measure", "-O", "qcow2", "--output=json", image]);
+        bench.same(&["measure", "-O", "qcow2", "-o", "cluster_size=4k,refcount_bits=1", image]);
+    }
+    for line in [
+        &["measure", "--size", "1G"][..],
+        &["measure", "--size", "10G", "-O", "qcow2", "-o", "cluster_size=4k"],
+        &["measure", "--size", "1T", "-O", "qcow2", "-o", "extended_l2=on"],
+        &["measure", "--size", "1M", "-O", "qcow2", "-o", "preallocation=full", "--output=json"],
+        &["measure", "--size", "1M", "-O", "qcow2", "-o", "preallocation=metadata"],
+        &["measure", "-O", "qcow2", "-l", "first", "states.qcow2"],
+        &["measure", "-O", "qcow2", "-l", "snapshot.id=2", "states.qcow2"],
+        &["measure", "-O", "qcow2", "-o", "backing_file=some.raw,backing_fmt=raw", "over_raw.qcow2"],
+    ] {
+        bench.same(line);
+    }
+}
