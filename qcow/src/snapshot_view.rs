@@ -69,6 +69,9 @@ impl Storage for View {
     fn punch(&self, _: u64, _: u64) -> io::Result<()> {
         Err(read_only())
     }
+    fn reserve(&self, _: u64, _: u64) -> io::Result<()> {
+        Err(read_only())
+    }
     fn next_data(&self, offset: u64) -> io::Result<Option<u64>> {
         self.image.next_data(offset)
     }

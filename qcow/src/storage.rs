@@ -110,15 +110,6 @@ impl FileStorage {
     pub fn is_block_device(&self) -> bool {
         self.block_device
     }
-
-    /// Reserves space for a range that reads as before; the file grows where needed.
-    pub fn reserve(&self, offset: u64, len: u64) -> io::Result<()> {
-        if len == 0 || self.block_device {
-            return Ok(());
-        }
-        rustix::fs::fallocate(&self.file, rustix::fs::FallocateFlags::empty(), offset, len)
-            .map_err(Into::into)
-    }
 }
 
 impl Drop for FileStorage {

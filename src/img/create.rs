@@ -3,34 +3,21 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use knib_qcow::{Access, CompressionType, FileStorage, Format, NewFormat, Storage as _, create_as};
+use knib_qcow::{
+    Access, CompressionType, CreateOptions, FileStorage, Format, ImageMut, PlainPaths, Preallocation,
+    Storage as _, create_with,
+};
 
 use super::{Failure, name, optlist, size};
 
-/// Space that is reserved when an image is made.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub enum Preallocation {
-    /// None.
-    #[default]
-    Off,
-    /// The tables of a qcow2 image.
-    Metadata,
-    /// Space on the file system.
-    Falloc,
-    /// Zeros, written.
-    Full,
-}
-
-impl Preallocation {
-    /// By QEMU's name.
-    pub fn parse(text: &str) -> Result<Self, Failure> {
-        match text {
-            "off" => Ok(Self::Off),
-            "metadata" => Ok(Self::Metadata),
-            "falloc" => Ok(Self::Falloc),
-            "full" => Ok(Self::Full),
-            _ => Err(Failure::new(format!("Parameter 'preallocation' does not accept value '{text}'"))),
-        }
+/// How much is allocated ahead, by QEMU's name.
+pub fn preallocation(text: &str) -> Result<Preallocation, Failure> {
+    match text {
+        "off" => Ok(Preallocation::Off),
+        "metadata" => Ok(Preallocation::Metadata),
+        "falloc" => Ok(Preallocation::Falloc),
+        "full" => Ok(Preallocation::Full),
+        _ => Err(Failure::new(format!("Parameter 'preallocation' does not accept value '{text}'"))),
     }
 }
 
@@ -206,13 +193,16 @@ impl Wanted {
         let size = self.bytes("size").unwrap_or(0);
         // Disks are whole sectors.
         let size = size.next_multiple_of(512);
-        let preallocation =
-            self.get("preallocation").map(Preallocation::parse).transpose()?.unwrap_or_default();
+        let preallocation = self.get("preallocation").map(preallocation).transpose()?.unwrap_or_default();
         if self.format == Format::Raw {
             if preallocation == Preallocation::Metadata {
                 return Err(Failure::new("Unsupported preallocation mode: metadata"));
             }
-            return Ok(Plan { format: Format::Raw, qcow2: NewFormat::new(size), preallocation });
+            return Ok(Plan {
+                format: Format::Raw,
+                qcow2: CreateOptions { size, ..CreateOptions::default() },
+                preallocation,
+            });
         }
         let cluster = self.bytes("cluster_size").unwrap_or(1 << 16);
         let compression = match self.get("compression_type") {
@@ -283,8 +273,14 @@ impl Wanted {
                 "Backing file and preallocation can only be used at the same time if extended_l2 is on",
             ));
         }
-        let backing = backing.map(|file| (file, self.get("backing_fmt").map(str::to_owned)));
-        let qcow2 = NewFormat {
+        let backing = match (backing, self.get("backing_fmt")) {
+            (None, _) => None,
+            (Some(file), Some(of)) => Some((file, super::open::format(of)?)),
+            (Some(_), None) => {
+                return Err(Failure::new("Use of backing file requires explicit backing format (-F)"));
+            }
+        };
+        let qcow2 = CreateOptions {
             size,
             version,
             cluster_bits: cluster.trailing_zeros(),
@@ -294,7 +290,11 @@ impl Wanted {
             compression,
             backing,
             data_file: data_file.map(|file| (file, data_file_raw)),
-            allocate: preallocation != Preallocation::Off || data_file_raw,
+        };
+        // A raw data file is to show the disk by itself: every cluster has its place there.
+        let preallocation = match preallocation {
+            Preallocation::Off if data_file_raw => Preallocation::Metadata,
+            other => other,
         };
         Ok(Plan { format: Format::Qcow2, qcow2, preallocation })
     }
@@ -306,7 +306,7 @@ pub struct Plan {
     /// Its format; of a raw image only the size below counts.
     pub format: Format,
     /// What a qcow2 image is to be.
-    pub qcow2: NewFormat,
+    pub qcow2: CreateOptions,
     /// What is reserved.
     pub preallocation: Preallocation,
 }
@@ -326,9 +326,11 @@ impl Plan {
             fill(&file, 0, new.size, self.preallocation).map_err(wrong)?;
             return Ok(file);
         }
-        let (offset, len) = create_as(&*file, new)?;
-        if new.data_file.is_none() {
-            fill(&file, offset, len, self.preallocation).map_err(wrong)?;
+        create_with(file.clone(), new)?;
+        if self.preallocation != Preallocation::Off {
+            // Nothing is read from a backing file here, so it need not be there.
+            let mut image = ImageMut::open_over(file.clone(), &PlainPaths, None)?;
+            image.preallocate(0..new.size, self.preallocation)?;
         }
         Ok(file)
     }
@@ -347,8 +349,7 @@ impl Plan {
         if !data.is_block_device() {
             data.set_len(0).map_err(wrong)?;
         }
-        data.set_len(self.qcow2.size).map_err(wrong)?;
-        fill(&data, 0, self.qcow2.size, self.preallocation).map_err(wrong)
+        data.set_len(self.qcow2.size).map_err(wrong)
     }
 }
 

@@ -84,7 +84,7 @@ impl Bench {
         let folder = self.dir.path();
         let (wanted, their_errors) = theirs(arguments, folder);
         self.calls.set(self.calls.get() + 1);
-        let (said, errors) = if self.calls.get() % 2 == 0 {
+        let (said, errors) = if self.calls.get().is_multiple_of(2) {
             ours(arguments, folder)
         } else {
             run(&folder.join("bin/qemu-img"), &[], arguments, folder)

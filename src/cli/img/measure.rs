@@ -3,13 +3,13 @@
 use std::sync::Arc;
 
 use knib_qcow::measure::Shape;
-use knib_qcow::{Format, Layers, Storage, bitmap};
+use knib_qcow::{Format, Layers, Preallocation, Storage, bitmap};
 
 use super::create::format_named;
 use super::json::Json;
 use super::options::{Given, flag, long_value, value};
 use super::{Command, Done, Output, say};
-use crate::img::create::{Preallocation, Wanted};
+use crate::img::create::Wanted;
 use crate::img::open::{Following, Mode, Opened, open};
 use crate::img::{Failure, size, snapshots};
 
