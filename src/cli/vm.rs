@@ -124,13 +124,39 @@ pub fn run(context: &Context, command: Command) -> Outcome {
     }
 }
 
+/// What is known of a VM, with its state as it is now.
+#[derive(serde::Serialize)]
+struct VmNow {
+    #[serde(flatten)]
+    record: VmRecord,
+    /// An operation on it was begun and nobody works on it.
+    interrupted: bool,
+}
+
+impl VmNow {
+    fn look(store: &Store, vm: &VmName) -> StoreResult<Self> {
+        let mut record = store.vm(vm)?;
+        let (state, interrupted) = store.state_of(&record)?;
+        record.state = state;
+        Ok(Self { record, interrupted })
+    }
+
+    fn state(&self) -> String {
+        let way_out = if self.interrupted { ", interrupted: run `knibfs recover`" } else { "" };
+        format!("{:?}{way_out}", self.record.state)
+    }
+}
+
 fn list(context: &Context, store: &Store) -> Outcome {
     let names = store.vms()?;
-    let records: Vec<StoreResult<VmRecord>> = names.iter().map(|name| store.vm(name)).collect();
-    let good: Vec<&VmRecord> = records.iter().flatten().collect();
+    let records: Vec<StoreResult<VmNow>> = names.iter().map(|name| VmNow::look(store, name)).collect();
+    let good: Vec<&VmNow> = records.iter().flatten().collect();
     context.out.print(&good, || {
-        let rows: Vec<_> = good.iter().map(|r| vec![r.name.to_string(), source(r)]).collect();
-        table(&rows).join("\n")
+        let cells = |now: &&VmNow| {
+            let state = if now.record.state == VmState::Ready { String::new() } else { now.state() };
+            vec![now.record.name.to_string(), source(&now.record), state]
+        };
+        table(&good.iter().map(cells).collect::<Vec<_>>()).join("\n")
     })?;
     // What can be listed is listed; then the first that cannot is the failure.
     match records.into_iter().find_map(Result::err) {
@@ -140,16 +166,17 @@ fn list(context: &Context, store: &Store) -> Outcome {
 }
 
 fn show(context: &Context, store: &Store, vm: &VmName) -> Outcome {
-    let record = store.vm(vm)?;
+    let now = VmNow::look(store, vm)?;
+    let record = &now.record;
     let offering = match record.offering {
         Some(id) => store.offering(id).map_or_else(|_| id.to_string(), |o| o.name),
         None => "none: the settings apply".into(),
     };
-    context.out.print(&record, || text(&record, &offering))?;
+    context.out.print(&now, || text(record, &now.state(), &offering))?;
     Ok(())
 }
 
-fn text(record: &VmRecord, offering: &str) -> String {
+fn text(record: &VmRecord, state: &str, offering: &str) -> String {
     let mut rows = vec![
         vec!["VM".to_owned(), record.name.to_string()],
         vec!["id".into(), record.id.to_string()],
@@ -157,7 +184,7 @@ fn text(record: &VmRecord, offering: &str) -> String {
         vec!["offering".into(), offering.into()],
     ];
     if record.state != VmState::Ready {
-        rows.push(vec!["state".into(), format!("{:?}", record.state)]);
+        rows.push(vec!["state".into(), state.into()]);
     }
     if let Some(dir) = &record.delta_dir {
         rows.push(vec!["deltas".into(), format!("in {}", dir.display())]);

@@ -21,6 +21,7 @@ use super::image::{StoredImage, image_number};
 use super::node::{BackupRef, Node, TextFile};
 use super::raw::RawDisk;
 use super::stored::{StoredFile, Text};
+use crate::store::lease::RAW_VIEW;
 use crate::store::manifest::{Disk, Kind};
 use crate::store::sums::{SumsCache, fast};
 use crate::store::{BackupId, BackupName, DiskName, Lease, Manifest, Store, StoreError, VmName, disk_file};
@@ -42,7 +43,7 @@ pub struct StoreTree {
     config: TreeConfig,
     nodes: RwLock<HashMap<u64, Node>>,
     images: Mutex<HashMap<u64, Weak<StoredImage>>>,
-    leases: Mutex<HashMap<BackupId, Weak<Lease>>>,
+    leases: Mutex<HashMap<(BackupId, &'static str), Weak<Lease>>>,
     blocks: Arc<BlockCache>,
     ahead: Arc<ReadAhead>,
     sums: Arc<SumsCache>,
@@ -50,6 +51,9 @@ pub struct StoreTree {
     damage: Arc<Damage>,
     made: SystemTime,
 }
+
+/// Purpose of leases on backups whose stored files are read.
+const STORED: &str = "stored file open in the mount";
 
 /// Maps of open disks, beside the cache of decoded clusters. Bytes.
 const FLAT_CACHE: usize = 16 << 20;
@@ -359,16 +363,16 @@ impl StoreTree {
     }
 
     /// Tells others that the backup is in use. A store that cannot be written takes no lease: nothing is removed from it either.
-    fn lease(&self, of: &BackupRef) -> Option<Arc<Lease>> {
+    fn lease(&self, of: &BackupRef, what: &'static str) -> Option<Arc<Lease>> {
         let mut leases = self.leases.lock();
-        if let Some(held) = leases.get(&of.id).and_then(Weak::upgrade) {
+        if let Some(held) = leases.get(&(of.id, what)).and_then(Weak::upgrade) {
             return Some(held);
         }
-        match self.store.lease(of.id, &format!("open in the mount at {}", self.config.mounted_at)) {
+        match self.store.lease(of.id, &format!("{what} at {}", self.config.mounted_at)) {
             Ok(lease) => {
                 let lease = Arc::new(lease);
                 leases.retain(|_, lease| lease.strong_count() > 0);
-                leases.insert(of.id, Arc::downgrade(&lease));
+                leases.insert((of.id, what), Arc::downgrade(&lease));
                 Some(lease)
             }
             Err(error) => {
@@ -421,7 +425,7 @@ impl StoreTree {
     /// # Errors
     /// The backup has no such disk, or its chain is damaged.
     pub fn disk_source(&self, of: &Manifest, disk: &DiskName) -> FsResult<Arc<dyn BlockSource>> {
-        Ok(Arc::new(self.raw_disk(of, disk, self.lease(&backup_ref(of)))?))
+        Ok(Arc::new(self.raw_disk(of, disk, self.lease(&backup_ref(of), RAW_VIEW))?))
     }
 
     /// A stored image byte for byte, every byte checked.
@@ -430,7 +434,10 @@ impl StoreTree {
     /// The backup has no such disk, or its chain is damaged.
     pub fn stored_file(&self, of: &Manifest, disk: &DiskName) -> FsResult<Arc<dyn File>> {
         let chain = self.chain(of, disk)?;
-        Ok(Arc::new(StoredFile::new(self.image(of, disk, chain.get(1))?, self.lease(&backup_ref(of)))))
+        Ok(Arc::new(StoredFile::new(
+            self.image(of, disk, chain.get(1))?,
+            self.lease(&backup_ref(of), STORED),
+        )))
     }
 }
 
@@ -477,12 +484,12 @@ impl Tree for StoreTree {
     fn open(&self, ino: Ino) -> FsResult<Arc<dyn File>> {
         match self.node(ino)? {
             Node::Raw { of, disk } => {
-                let lease = self.lease(&of);
+                let lease = self.lease(&of, RAW_VIEW);
                 let source = self.raw_disk(&self.manifest(&of)?, &disk, lease)?;
                 Ok(Arc::new(BlockFile::new(Arc::new(source), self.blocks.clone(), self.ahead.clone())))
             }
             Node::Stored { of, disk, digest } => {
-                let lease = self.lease(&of);
+                let lease = self.lease(&of, STORED);
                 let manifest = self.manifest(&of)?;
                 if self.disk(&manifest, &disk)?.sums_digest != digest {
                     return Err(FsError::stale());

@@ -5,6 +5,7 @@ pub mod backup;
 pub mod check;
 pub mod compress;
 pub mod control;
+mod deadline;
 pub mod deltas;
 pub mod disk_source;
 pub mod export;

@@ -18,14 +18,17 @@ pub struct Recovered {
     pub done: String,
 }
 
-/// Finishes or undoes every interrupted backup and compression. Those of a VM that is being worked on are left alone.
+/// Finishes or undoes every interrupted operation. A compression that goes on is left alone.
 ///
 /// # Errors
-/// The first that could not be recovered; the others were.
+/// The first that could not be recovered, a VM that is being worked on among them; the others were.
 pub fn run(store: &Store, control: &OpControl<'_>) -> Result<Vec<Recovered>, BackupError> {
     let mut all = Vec::new();
     let mut failed = None;
     for journal in store.unfinished()? {
+        if store.is_compressing(journal.entry())? {
+            continue;
+        }
         let vm = journal.entry().vm.clone();
         let outcome = match journal.entry().operation.clone() {
             Operation::Backup(op) => one(store, journal, &op, control),
@@ -39,11 +42,8 @@ pub fn run(store: &Store, control: &OpControl<'_>) -> Result<Vec<Recovered>, Bac
         };
         match outcome {
             Ok(done) => all.push(Recovered { vm: vm.to_string(), done }),
-            Err(BackupError::Store(busy @ StoreError::Busy { .. })) => control.warn(busy.to_string()),
-            Err(error) => {
-                control.warn(format!("{vm}: {error}"));
-                failed.get_or_insert(error);
-            }
+            Err(error) if failed.is_some() => control.warn(format!("{vm}: {error}")),
+            Err(error) => failed = Some(error),
         }
     }
     for vm in store.vms()? {
@@ -104,6 +104,9 @@ fn compression(store: &Store, journal: Journal, op: &CompressOp) -> Result<Strin
     let Some(journal) = store.unfinished()?.into_iter().find(|j| j.entry().id == journal.entry().id) else {
         return Ok("it was finished meanwhile".into());
     };
+    if store.is_compressing(journal.entry())? {
+        return Ok(format!("the compression of {vm}/{} goes on", op.name));
+    }
     compress::recover(store, &vm, op)?;
     journal.finish()?;
     Ok(format!("an interrupted compression of {vm}/{} was ended", op.name))

@@ -31,7 +31,7 @@ pub fn assign(store: &Store, vm: &VmName, offering: &str) -> StoreResult<VmRecor
 pub fn unassign(store: &Store, vm: &VmName, control: &OpControl<'_>) -> Result<VmRecord, BackupError> {
     store.vm(vm)?;
     let _lock = store.lock_vm(vm, &format!("vm unassign {vm}"))?;
-    if store.unfinished()?.iter().any(|j| j.entry().vm == *vm) {
+    if store.interrupted(vm)? {
         let what = format!("an operation on {vm} was interrupted: run `knibfs recover` first");
         return Err(StoreError::Invalid(what).into());
     }

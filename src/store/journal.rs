@@ -9,10 +9,13 @@ use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
 use super::journal_removal::{ReleaseOp, RemoveOp};
+use super::lease::COMPRESSION;
 use super::lock::hostname;
 use super::manifest::{Kind, PrimaryImage};
-use super::vm::Tracking;
-use super::{BackupId, BackupName, DiskName, OpId, Record, Store, StoreError, StoreResult, VmName, VolumeId};
+use super::vm::{Tracking, VmState};
+use super::{
+    BackupId, BackupName, DiskName, OpId, Record, Store, StoreError, StoreResult, VmName, VmRecord, VolumeId,
+};
 use super::{atomic, record};
 
 /// Folder for what a host keeps about stores, instead of `/var/lib/knibfs`.
@@ -49,6 +52,16 @@ pub enum Operation {
     Remove(RemoveOp),
     /// Ending a VM's chain: its deltas are merged.
     Release(ReleaseOp),
+}
+
+impl Operation {
+    /// The VM's state meanwhile; none where it can do all else.
+    fn state(&self) -> Option<VmState> {
+        match self {
+            Operation::Backup(_) => Some(VmState::BackingUp),
+            Operation::Compress(_) | Operation::Remove(_) | Operation::Release(_) => None,
+        }
+    }
 }
 
 /// A backup under way.
@@ -238,6 +251,33 @@ impl Store {
         }
         found.sort_by_key(|e| e.started);
         Ok(found.into_iter().map(|entry| Journal::of(self, entry)).collect())
+    }
+
+    /// Whether an operation on the VM was begun and nobody works on it any more. The caller holds the VM's lock, without
+    /// which only compressions are under way: those are known to live by their lease.
+    pub fn interrupted(&self, vm: &VmName) -> StoreResult<bool> {
+        for journal in self.unfinished()?.iter().filter(|j| j.entry.vm == *vm) {
+            if !self.is_compressing(&journal.entry)? {
+                return Ok(true);
+            }
+        }
+        Ok(false)
+    }
+
+    /// Whether it is a compression that goes on.
+    pub fn is_compressing(&self, entry: &Entry) -> StoreResult<bool> {
+        let Operation::Compress(op) = &entry.operation else { return Ok(false) };
+        Ok(self.leases(op.backup)?.iter().any(|lease| lease.purpose == COMPRESSION))
+    }
+
+    /// What an operation under way makes of the VM's state, else what its record says; and whether nobody works on it.
+    pub fn state_of(&self, vm: &VmRecord) -> StoreResult<(VmState, bool)> {
+        let busy = self.unfinished()?.into_iter().filter(|j| j.entry.vm == vm.name);
+        let state = busy.filter_map(|j| j.entry.operation.state()).next();
+        Ok(match state {
+            Some(state) => (state, !self.is_locked(&vm.name)),
+            None => (vm.state, false),
+        })
     }
 
     /// `/var/lib/knibfs/<store id>/journal` on this host.

@@ -10,6 +10,11 @@ use serde::{Deserialize, Serialize};
 use super::lock::hostname;
 use super::{BackupId, Store, StoreError, StoreResult, atomic};
 
+/// Purpose of the lease that a compression holds on its backup.
+pub const COMPRESSION: &str = "compression";
+/// Beginning of the purpose of leases that readers of flat disks hold: they read on when the stored file is swapped.
+pub const RAW_VIEW: &str = "flat disk open in the mount";
+
 /// One use of a backup.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct LeaseInfo {

@@ -11,7 +11,7 @@ pub mod journal_removal;
 #[cfg(test)]
 pub(crate) use layout::tests as layout_fixtures;
 mod layout;
-mod lease;
+pub mod lease;
 mod lock;
 pub mod manifest;
 pub mod names;

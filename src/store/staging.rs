@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::io;
+use std::os::unix::fs::DirBuilderExt as _;
 use std::path::{Path, PathBuf};
 
 use super::layout::{disk_file, manifest_file, sums_file};
@@ -73,6 +74,12 @@ impl Staging {
     /// Writes another file of the backup (`domain.xml`, `nvram.fd`); secrets get 0o600.
     pub fn write(&self, name: &str, bytes: &[u8], mode: u32) -> StoreResult<()> {
         atomic::write(&self.dir.join(name), bytes, mode)
+    }
+
+    /// Makes a folder for other files (`tpm`), for the owner only.
+    pub fn create_dir(&self, name: &str) -> StoreResult<()> {
+        let dir = self.dir.join(name);
+        fs::DirBuilder::new().mode(0o700).create(&dir).map_err(StoreError::io("create the folder", &dir))
     }
 
     /// Whether its manifest was written: every file was flushed before that, so it is whole.

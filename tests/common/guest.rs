@@ -77,6 +77,7 @@ pub struct Builder {
     system: Option<GuestSystem>,
     memory_mib: u32,
     devices: String,
+    firmware: String,
 }
 
 impl Builder {
@@ -89,6 +90,12 @@ impl Builder {
     pub fn with_system(mut self) -> Self {
         self.system = Some(GuestSystem::get());
         self.memory_mib = 512;
+        self
+    }
+
+    /// More XML for `<os>`.
+    pub fn firmware(mut self, xml: &str) -> Self {
+        self.firmware.push_str(xml);
         self
     }
 
@@ -125,13 +132,14 @@ impl Builder {
         let console = self.dir.path().join("console.log");
         let xml = format!(
             "<domain type='{}'><name>{}</name><memory unit='MiB'>{}</memory><vcpu>1</vcpu>\
-             <os><type arch='x86_64' machine='q35'>hvm</type>{boot}</os><features><acpi/></features>\
+             <os><type arch='x86_64' machine='q35'>hvm</type>{}{boot}</os><features><acpi/></features>\
              <cpu mode='maximum'/><on_crash>destroy</on_crash>\
              <devices>{disks}{agent}{}<serial type='file'><source path='{}'/></serial>\
              <memballoon model='none'/></devices></domain>",
             domain_type(),
             self.name,
             self.memory_mib,
+            self.firmware,
             self.devices,
             console.display()
         );
@@ -213,7 +221,15 @@ impl Guest {
         // QEMU may run as another user: the folder must let it in.
         let dir = tempfile::Builder::new().prefix(&format!("{name}-")).tempdir().unwrap();
         std::fs::set_permissions(dir.path(), std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
-        Builder { name, dir, disks: Vec::new(), system: None, memory_mib: 64, devices: String::new() }
+        Builder {
+            name,
+            dir,
+            disks: Vec::new(),
+            system: None,
+            memory_mib: 64,
+            devices: String::new(),
+            firmware: String::new(),
+        }
     }
 
     pub fn name(&self) -> &str {

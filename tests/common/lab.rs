@@ -208,3 +208,70 @@ impl Drop for SmallDisk {
         let _ = Command::new("umount").arg("-l").arg(&self.path).status();
     }
 }
+
+/// A command of the program that runs beside the test.
+#[derive(Debug)]
+pub struct Running {
+    child: std::process::Child,
+    errors: PathBuf,
+}
+
+impl Running {
+    /// Starts it; with a failpoint's name, it stops there.
+    pub fn start(lab: &Lab, arguments: &[&str], stop_at: Option<&str>) -> Self {
+        let errors = lab.path("log").join(format!("{}.err", uuid::Uuid::new_v4()));
+        std::fs::create_dir_all(lab.path("log")).unwrap();
+        let mut command = lab.command(arguments);
+        command.stdout(std::process::Stdio::piped()).stderr(std::fs::File::create(&errors).unwrap());
+        if let Some(name) = stop_at {
+            command.env("KNIBFS_FAILPOINT", format!("stop:{name}"));
+        }
+        let mut running = Self { child: command.spawn().unwrap(), errors };
+        if let Some(name) = stop_at {
+            running.wait(name, |running| running.state() == 'T');
+        }
+        running
+    }
+
+    /// Waits for a condition while it runs.
+    pub fn wait(&mut self, what: &str, condition: impl Fn(&Self) -> bool) {
+        let end = std::time::Instant::now() + std::time::Duration::from_secs(120);
+        while !condition(self) {
+            let ended = self.child.try_wait().unwrap();
+            assert!(ended.is_none(), "it ended ({ended:?}) before {what}: {}", self.said());
+            assert!(std::time::Instant::now() < end, "waited in vain for {what}: {}", self.said());
+            std::thread::sleep(std::time::Duration::from_millis(10));
+        }
+    }
+
+    fn state(&self) -> char {
+        let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.child.id())).unwrap_or_default();
+        stat.rsplit(") ").next().and_then(|rest| rest.chars().next()).unwrap_or('X')
+    }
+
+    /// Its standard error so far.
+    pub fn said(&self) -> String {
+        std::fs::read_to_string(&self.errors).unwrap_or_default()
+    }
+
+    /// Lets it go on after the place where it stopped.
+    pub fn go_on(&self) {
+        tool("kill", &["-CONT", &self.child.id().to_string()]);
+    }
+
+    /// Waits for its end; standard output, and whether it succeeded.
+    pub fn end(mut self) -> (bool, String, String) {
+        use std::io::Read as _;
+        let mut out = String::new();
+        self.child.stdout.take().unwrap().read_to_string(&mut out).unwrap();
+        let status = self.child.wait().unwrap();
+        (status.success(), out.trim().to_owned(), self.said())
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}

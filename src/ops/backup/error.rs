@@ -31,6 +31,16 @@ pub enum BackupError {
     /// Stopped because the caller asked.
     #[error("no backup was made; the VM is as it was before")]
     Cancelled,
+    /// It took longer than it may.
+    #[error(
+        "the backup of {vm} took longer than {} s and was stopped: no backup was made, the VM is as it was; raise the setting knib.timeout, or see what holds it up", limit.as_secs()
+    )]
+    TimedOut {
+        /// The VM.
+        vm: VmName,
+        /// The setting.
+        limit: std::time::Duration,
+    },
     /// What was begun could not be undone.
     #[error("{error}; undoing what was begun failed as well: {undo}; run `knibfs recover`")]
     NotUndone {

@@ -5,6 +5,7 @@
 
 mod before;
 mod copy;
+mod definition;
 mod error;
 pub(crate) mod merge;
 mod scan;
@@ -18,6 +19,7 @@ pub(crate) use before::primary;
 pub use error::BackupError;
 
 use super::control::OpControl;
+use super::deadline::within;
 use super::{hypervisor, images};
 use crate::chain::{Method, Plan};
 use crate::failpoint;
@@ -62,17 +64,31 @@ pub fn run(
     options: Options,
     control: &OpControl<'_>,
 ) -> Result<Manifest, BackupError> {
-    let record = store.vm(vm)?;
+    let limit = Duration::from_secs(store.settings()?.timeout());
+    match within(control, limit, |control| once(store, vm, options, control)) {
+        (Err(BackupError::Cancelled), true) => Err(BackupError::TimedOut { vm: vm.clone(), limit }),
+        (done, _) => done,
+    }
+}
+
+fn once(
+    store: &Store,
+    vm: &VmName,
+    options: Options,
+    control: &OpControl<'_>,
+) -> Result<Manifest, BackupError> {
+    store.vm(vm)?;
     let _lock = store.lock_vm(vm, &format!("backup {vm}"))?;
-    if store.unfinished()?.iter().any(|j| j.entry().vm == *vm) {
+    if store.interrupted(vm)? {
         let why = "an operation on it was interrupted: run `knibfs recover` first";
         return Err(BackupError::refused(vm, why));
     }
+    // Under the lock.
+    let record = store.vm(vm)?;
     let hypervisor = hypervisor::of(&record)?;
     let mut run = Run {
         store,
-        // Read again under the lock.
-        record: store.vm(vm)?,
+        record,
         control: *control,
         hypervisor: &*hypervisor,
         options,
@@ -201,13 +217,7 @@ impl Run<'_> {
         staging: &Staging,
     ) -> Result<Manifest, BackupError> {
         let record = &self.record;
-        if !guest.xml.is_empty() {
-            staging.write("domain.xml", guest.xml.as_bytes(), 0o600)?;
-        }
-        if let Some(nvram) = guest.nvram.as_ref().filter(|n| n.exists()) {
-            let bytes = std::fs::read(nvram).map_err(StoreError::io("read", nvram))?;
-            staging.write("nvram.fd", &bytes, 0o600)?;
-        }
+        definition::copy(guest, staging)?;
         self.stopped()?;
         journal.update_backup(|op| op.step = BackupStep::Snapshot)?;
         failpoint::hit("backup-snapshot");

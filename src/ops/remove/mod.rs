@@ -104,7 +104,7 @@ fn part<'a>(
 ) -> Result<Part<'a>, RemoveError> {
     store.vm(vm)?;
     let lock = store.lock_vm(vm, &format!("remove {vm}/…"))?;
-    if store.unfinished()?.iter().any(|j| j.entry().vm == *vm) {
+    if store.interrupted(vm)? {
         return Err(RemoveError::Unfinished { vm: vm.clone() });
     }
     let record = store.vm(vm)?;

@@ -5,30 +5,34 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::AtomicU64;
+use std::time::{Duration, Instant};
 
 use knib_fuse::FsError;
-use knib_qcow::{
-    Chain, CompressionType, Control, FileStorage, Format, NewImage, Observer, Place, PlainPaths, Run, Source,
-    write_image,
-};
+use knib_qcow::{Chain, CompressionType, Control, FileStorage, Format, NewImage, PlainPaths, write_image};
+
+mod finalize;
+mod slot;
+mod source;
 
 use super::control::{Event, OpControl};
+use super::deadline::within;
 use super::disk_source::{DiskSource, tree};
 use crate::failpoint;
 use crate::mount::StoreTree;
-use crate::store::journal::{CompressOp, Swap};
-use crate::store::manifest::{Compression, CompressionState, Disk, Kind, Manifest};
-use crate::store::sums::{self, ClusterDigest, Sums, SumsCache, SumsWriter, strong};
+use crate::store::journal::{CompressOp, Journal, Swap};
+use crate::store::lease::{COMPRESSION, Lease};
+use crate::store::manifest::{BackupState, Compression, CompressionState, Disk, Kind, Manifest};
+use crate::store::sums::{Sums, SumsCache, SumsWriter, strong};
 use crate::store::{
     BackupName, DiskName, Operation, Settings, Store, StoreError, StoreResult, VmName, atomic, disk_file,
 };
+use slot::Slot;
+use source::{Own, Seen};
 
 /// Levels that cost little against reading and writing.
 const ZSTD_LEVEL: u32 = 3;
 const ZLIB_LEVEL: u32 = 6;
-/// Clusters that are handed to a worker at once.
-const RUN: u64 = 16;
 /// Decoded records that are kept, in bytes.
 const SUMS_CACHE: usize = 8 << 20;
 
@@ -62,6 +66,30 @@ pub enum CompressError {
         /// Why not.
         source: knib_qcow::Error,
     },
+    /// There is no room for the new file.
+    #[error("{backup} is not compressed: {why}")]
+    NoRoom {
+        /// The backup.
+        backup: String,
+        /// How much there is, how much is wanted, what to do.
+        why: String,
+    },
+    /// It took longer than it may.
+    #[error(
+        "{backup} was not compressed within {} s (setting backup.compression.timeout); it is as it was", limit.as_secs()
+    )]
+    TimedOut {
+        /// The backup.
+        backup: String,
+        /// The setting.
+        limit: Duration,
+    },
+    /// Stopped because the caller asked.
+    #[error("{backup} is not compressed; it is as it was")]
+    Cancelled {
+        /// The backup.
+        backup: String,
+    },
     /// Old and new differ: a fault of the program or of the machine.
     #[error(
         "the compressed image of {disk} differs from the stored one at cluster {cluster}: it was thrown away; check the machine's memory and the store's disks"
@@ -89,6 +117,9 @@ pub struct Compressed {
 
 /// Compresses the images of a backup with its offering's library. What stands on it stays valid.
 ///
+/// The new files are written while the VM can be backed up (phase *Starting*); its lock is taken to swap them
+/// (*Finalizing*), when nobody stands on the stored files.
+///
 /// # Errors
 /// [`CompressError`]; the backup is as it was.
 pub fn run(
@@ -97,34 +128,83 @@ pub fn run(
     backup: &BackupName,
     control: &OpControl<'_>,
 ) -> Result<Compressed, CompressError> {
-    let _lock = store.lock_vm(vm, &format!("compress {vm}/{backup}"))?;
-    let manifest = store.manifest(vm, backup)?;
-    let settings = store.settings()?;
-    check(store, &manifest, &settings)?;
-    let _lease = store.lease(manifest.id, "compression")?;
-    let swaps = manifest.disks.iter().map(|d| Swap { disk: d.name.clone(), outcome: Default::default() });
-    let operation = CompressOp { backup: manifest.id, name: backup.clone(), swaps: swaps.collect() };
-    let journal = store.begin(vm, Operation::Compress(operation.clone()))?;
-    let before = manifest.stored_size();
-    let done = save(store, &manifest, CompressionState::Compressing)
-        .map_err(CompressError::from)
-        .and_then(|()| work(store, &manifest, &settings, control));
+    let limit = Duration::from_secs(store.settings()?.compression_timeout());
+    let (done, late) = within(control, limit, |control| once(store, vm, backup, control));
     match done {
-        Ok(after) => {
-            recover(store, vm, &operation)?;
-            journal.finish()?;
-            Ok(Compressed { vm: vm.clone(), backup: backup.clone(), before, after })
-        }
+        Err(_) if late => Err(CompressError::TimedOut { backup: format!("{vm}/{backup}"), limit }),
+        done => done,
+    }
+}
+
+/// A compression under way.
+struct Begun {
+    manifest: Manifest,
+    journal: Journal,
+    /// Tells others that it lives, and keeps the backup.
+    _lease: Lease,
+}
+
+fn once(
+    store: &Store,
+    vm: &VmName,
+    backup: &BackupName,
+    control: &OpControl<'_>,
+) -> Result<Compressed, CompressError> {
+    let stopped = || CompressError::Cancelled { backup: format!("{vm}/{backup}") };
+    let slot = Slot::take(store, control)?.ok_or_else(stopped)?;
+    let begun = begin(store, vm, backup)?;
+    let before = begun.manifest.stored_size();
+    failpoint::hit("compress.begun");
+    let written = write(store, &begun.manifest, control);
+    // Finalizing jobs do not count.
+    drop(slot);
+    let locked = finalize::wait(store, &begun.manifest, control)?;
+    let Some(_lock) = locked else {
+        // Whoever holds the lock may be reading the manifest: the journal stays, for `recover`.
+        return Err(CompressError::Refused {
+            backup: format!("{vm}/{backup}"),
+            why: format!("it was stopped while {vm} is in use: run `knibfs recover` to clean up"),
+        });
+    };
+    let done = written.and_then(|disks| swap(store, &begun.manifest, disks, control));
+    let journal = begun.journal;
+    let Operation::Compress(operation) = journal.entry().operation.clone() else { return Err(stopped()) };
+    // What cannot be undone now stays in the journal, for `recover`.
+    recover(store, vm, &operation)?;
+    let done = match done {
+        Ok(after) => Ok(Compressed { vm: vm.clone(), backup: backup.clone(), before, after }),
+        Err(_) if control.is_cancelled() => Err(stopped()),
         Err(error) => {
-            // What cannot be undone now stays in the journal, for `recover`.
-            recover(store, vm, &operation)?;
-            if !control.is_cancelled() {
-                save(store, &manifest, CompressionState::CompressionError)?;
-            }
-            journal.finish()?;
+            save(store, &store.manifest(vm, backup)?, CompressionState::CompressionError)?;
             Err(error)
         }
+    };
+    journal.finish()?;
+    done
+}
+
+/// Under the VM's lock, for a moment: may it be compressed, and does nobody else do it?
+fn begin(store: &Store, vm: &VmName, backup: &BackupName) -> Result<Begun, CompressError> {
+    let _lock = store.lock_vm(vm, &format!("compress {vm}/{backup}"))?;
+    let manifest = store.manifest(vm, backup)?;
+    check(store, &manifest, &store.settings()?)?;
+    if let Some(other) = store.leases(manifest.id)?.iter().find(|l| l.purpose == COMPRESSION) {
+        let why = format!("process {} on host {} does it already", other.pid, other.host);
+        return Err(CompressError::Refused { backup: format!("{vm}/{backup}"), why });
     }
+    if store.interrupted(vm)? {
+        let why = format!("an operation on {vm} was interrupted: run `knibfs recover` first");
+        return Err(CompressError::Refused { backup: format!("{vm}/{backup}"), why });
+    }
+    let lease = store.lease(manifest.id, COMPRESSION)?;
+    let swaps = manifest.disks.iter().map(|d| Swap { disk: d.name.clone(), outcome: Default::default() });
+    let operation = CompressOp { backup: manifest.id, name: backup.clone(), swaps: swaps.collect() };
+    let journal = store.begin(vm, Operation::Compress(operation))?;
+    if let Err(error) = save(store, &manifest, CompressionState::Compressing) {
+        journal.finish()?;
+        return Err(error.into());
+    }
+    Ok(Begun { manifest, journal, _lease: lease })
 }
 
 /// What follows a backup: it is compressed where its VM's offering says so and the copy did not do it already. The
@@ -137,8 +217,30 @@ pub fn after_backup(store: &Store, manifest: Manifest, control: &OpControl<'_>) 
     if manifest.compression != CompressionState::Uncompressed || !offering.is_some_and(|o| o.compress) {
         return Ok(manifest);
     }
-    if let Err(error) = run(store, &manifest.vm, &manifest.name, control) {
-        control.warn(format!("{}/{} is not compressed: {error}", manifest.vm, manifest.name));
+    let name = format!("{}/{}", manifest.vm, manifest.name);
+    if !store.settings()?.compression_enabled() {
+        control.warn(format!("{name} is not compressed: backup.compression.task.enabled is false"));
+        return Ok(manifest);
+    }
+    let mut attempts = 1;
+    while let Err(error) = run(store, &manifest.vm, &manifest.name, control) {
+        control.warn(format!("{name} is not compressed: {error}"));
+        // The settings are read anew: a change takes effect at once.
+        let settings = store.settings()?;
+        let again = !matches!(error, CompressError::Refused { .. } | CompressError::NoRoom { .. });
+        if !again || control.is_cancelled() || attempts >= settings.compression_attempts() {
+            break;
+        }
+        attempts += 1;
+        let minutes = settings.compression_retry_minutes();
+        control.step(format!(
+            "attempt {attempts} of {} in {minutes} minutes (setting backup.compression.retry.interval)",
+            settings.compression_attempts()
+        ));
+        let end = Instant::now() + Duration::from_secs(minutes.saturating_mul(60));
+        while Instant::now() < end && !control.is_cancelled() {
+            std::thread::sleep(Duration::from_millis(200));
+        }
     }
     store.manifest(&manifest.vm, &manifest.name)
 }
@@ -179,6 +281,9 @@ fn check(store: &Store, manifest: &Manifest, settings: &Settings) -> Result<(), 
             "files of this store are written once; its backups are compressed while they are taken".into(),
         );
     }
+    if manifest.state != BackupState::BackedUp {
+        return refuse(format!("it is {}", manifest.state));
+    }
     if manifest.compression == CompressionState::Compressed {
         return refuse("it is compressed already".into());
     }
@@ -192,10 +297,11 @@ fn check(store: &Store, manifest: &Manifest, settings: &Settings) -> Result<(), 
     #[allow(clippy::cast_precision_loss, clippy::cast_sign_loss)] // a bound, not an amount
     let wanted = (manifest.stored_size() as f64 * settings.minimum_free_factor()) as u64;
     if free < wanted {
-        return refuse(format!(
+        let why = format!(
             "{free} bytes are free in {}, {wanted} are wanted (setting backup.compression.minimum.free.storage); free space, then try again",
             root.display()
-        ));
+        );
+        return Err(CompressError::NoRoom { backup: format!("{}/{}", manifest.vm, manifest.name), why });
     }
     Ok(())
 }
@@ -204,23 +310,22 @@ fn save(store: &Store, manifest: &Manifest, state: CompressionState) -> StoreRes
     store.save_manifest(&Manifest { compression: state, ..manifest.clone() })
 }
 
-/// Writes, compares and swaps; returns the bytes of the new images.
-fn work(
+/// Phase *Starting*: writes the new files beside the old ones; returns what the manifest is to say of them.
+fn write(store: &Store, manifest: &Manifest, control: &OpControl<'_>) -> Result<Vec<Disk>, CompressError> {
+    Job::new(store, manifest, control)?.write()
+}
+
+/// Phase *Finalizing*, under the VM's lock: compares and swaps; returns the bytes of the new images.
+fn swap(
     store: &Store,
-    manifest: &Manifest,
-    settings: &Settings,
+    begun: &Manifest,
+    disks: Vec<Disk>,
     control: &OpControl<'_>,
 ) -> Result<u64, CompressError> {
-    let record = store.vm(&manifest.vm)?;
-    let offering = match record.offering {
-        Some(id) => store.offerings(true)?.into_iter().find(|o| o.id == id),
-        None => None,
-    };
-    let library = offering.map_or(Compression::Zstd, |o| o.compression_library);
-    let tree = tree(store, "compression")?;
-    let job = Job { store, manifest, settings, library, tree, control };
-    let disks = manifest.disks.iter().map(|disk| job.disk(disk)).collect::<Result<Vec<_>, _>>()?;
-    save(store, manifest, CompressionState::FinalizingCompression)?;
+    // Other operations may have changed what it says since.
+    let manifest = store.manifest(&begun.vm, &begun.name)?;
+    save(store, &manifest, CompressionState::FinalizingCompression)?;
+    let job = Job::new(store, &manifest, control)?;
     for disk in &disks {
         job.compare(disk)?;
     }
@@ -236,7 +341,7 @@ fn work(
         atomic::rename(&hidden(&name, "new"), &name)?;
         failpoint::hit("compress.swapped");
     }
-    let new = Manifest { disks, compression: CompressionState::Compressed, ..manifest.clone() };
+    let new = Manifest { disks, compression: CompressionState::Compressed, ..manifest };
     store.save_manifest(&new)?;
     failpoint::hit("compress.recorded");
     Ok(new.stored_size())
@@ -256,13 +361,28 @@ fn hidden(path: &Path, what: &str) -> PathBuf {
 struct Job<'a> {
     store: &'a Store,
     manifest: &'a Manifest,
-    settings: &'a Settings,
+    settings: Settings,
     library: Compression,
     tree: StoreTree,
     control: &'a OpControl<'a>,
 }
 
-impl Job<'_> {
+impl<'a> Job<'a> {
+    fn new(store: &'a Store, manifest: &'a Manifest, control: &'a OpControl<'a>) -> StoreResult<Self> {
+        let record = store.vm(&manifest.vm)?;
+        let offering = match record.offering {
+            Some(id) => store.offerings(true)?.into_iter().find(|o| o.id == id),
+            None => None,
+        };
+        let library = offering.map_or(Compression::Zstd, |o| o.compression_library);
+        let (settings, tree) = (store.settings()?, tree(store, "compression")?);
+        Ok(Self { store, manifest, settings, library, tree, control })
+    }
+
+    fn write(&self) -> Result<Vec<Disk>, CompressError> {
+        self.manifest.disks.iter().map(|disk| self.disk(disk)).collect()
+    }
+
     fn files(&self, disk: &Disk) -> [PathBuf; 2] {
         files(self.store, &self.manifest.vm, &self.manifest.name, &disk.name)
     }
@@ -355,71 +475,5 @@ impl Job<'_> {
             return Err(CompressError::Differs { disk: new.name.clone(), cluster: 0 });
         }
         Ok(())
-    }
-}
-
-/// What one stored image itself holds.
-struct Own<'a> {
-    data: DiskSource,
-    sums: Sums,
-    disk: &'a Disk,
-}
-
-impl Own<'_> {
-    fn is_zero(&self, cluster: u64) -> StoreResult<Option<bool>> {
-        self.sums.with_record(cluster, |r| r.map(|r| r.place == sums::Place::Zero))
-    }
-
-    fn find(&self, from: u64) -> StoreResult<Option<Run>> {
-        let size = self.disk.cluster_size;
-        let Some(first) = self.sums.next_stored(from.div_ceil(size))? else { return Ok(None) };
-        let kind = self.is_zero(first)?;
-        let mut end = first + 1;
-        while end - first < RUN && self.is_zero(end)? == kind {
-            end += 1;
-        }
-        let start = first.saturating_mul(size);
-        let end = end.saturating_mul(size).min(self.disk.virtual_size);
-        Ok((start < end).then_some(Run { start, len: end.saturating_sub(start), zero: kind == Some(true) }))
-    }
-}
-
-impl Source for Own<'_> {
-    fn next(&self, from: u64) -> knib_qcow::Result<Option<Run>> {
-        self.find(from).map_err(|e| knib_qcow::Error::damaged(self.sums.path(), e.to_string()))
-    }
-
-    fn read(&self, offset: u64, buf: &mut [u8]) -> knib_qcow::Result<()> {
-        // Through the chain: for what the image itself holds that is the same, and every byte is checked.
-        self.data.read(offset, buf)
-    }
-}
-
-/// Takes checksums and counts what was compressed.
-struct Seen<'a> {
-    sums: &'a SumsWriter,
-    compressed: AtomicU64,
-}
-
-impl Observer for Seen<'_> {
-    type Digest = ClusterDigest;
-
-    fn keep(&self, cluster: u64, guest: &[u8]) -> bool {
-        self.sums.keep(cluster, guest)
-    }
-
-    fn digest(&self, cluster: u64, guest: &[u8], stored: &[u8]) -> ClusterDigest {
-        self.sums.digest(cluster, guest, stored)
-    }
-
-    fn stored(&self, cluster: u64, place: Place, digest: ClusterDigest) -> knib_qcow::Result<()> {
-        if matches!(place, Place::Compressed { .. }) {
-            self.compressed.fetch_add(1, Ordering::Relaxed);
-        }
-        self.sums.stored(cluster, place, digest)
-    }
-
-    fn metadata(&self, offset: u64, bytes: &[u8]) -> knib_qcow::Result<()> {
-        self.sums.metadata(offset, bytes)
     }
 }
