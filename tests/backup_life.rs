@@ -157,7 +157,7 @@ fn a_block_device_is_backed_up_with_its_deltas_in_a_folder() {
     lab.ok(&["setting", "set", "backup.chain.size", "3"]);
     guest.start();
     let full = lab.backup(&[]);
-    assert_eq!(chain(&guest, "vda")[1..], [device.clone()]);
+    assert_eq!(chain(&guest, "vda")[1..], *std::slice::from_ref(&device));
     assert_eq!(chain(&guest, "vda")[0].parent().unwrap(), deltas);
     guest.destroy();
     qemu_io(&chain(&guest, "vda")[0], "qcow2", "write -P 6 512k 1M");
@@ -175,7 +175,7 @@ fn a_block_device_is_backed_up_with_its_deltas_in_a_folder() {
         );
     }
     // At the end of the chain the device holds everything, and both definitions name it.
-    assert_eq!(chain(&guest, "vda"), [device.clone()]);
+    assert_eq!(chain(&guest, "vda"), *std::slice::from_ref(&device));
     assert_eq!(fs::read_dir(&deltas).unwrap().count(), 0);
     assert!(has_pattern(&device, "raw", 6, "512k", "1M"));
     for xml in [guest.live_xml(), guest.persistent_xml()] {
