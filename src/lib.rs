@@ -11,3 +11,4 @@ pub mod img;
 pub mod mount;
 pub mod ops;
 pub mod store;
+pub mod verified;

@@ -385,7 +385,8 @@ fn a_signal_waits_for_open_files_and_the_second_detaches_under_them() {
     open.read_exact_at(&mut seen, 300_000).unwrap();
     assert!(seen == f.expected(0, 300_000, 100_000));
     drop(open);
-    assert!(child.wait().unwrap().success());
+    let status = child.wait().unwrap();
+    assert!(status.success(), "{status}: {}", fs::read_to_string(&err).unwrap());
 }
 
 #[test]

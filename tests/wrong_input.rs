@@ -435,7 +435,7 @@ fn a_chain_that_cannot_be_read_any_more() {
     // The delta is cut.
     let bytes = fs::read(&delta).unwrap();
     fs::write(&delta, &bytes[..50]).unwrap();
-    refused_for(&guest, &lab, &["disk vda", "cut short", "put back what is missing or was changed"]);
+    refused_for(&guest, &lab, &["disk vda", "cut off", "put back what is missing or was changed"]);
     fs::write(&delta, &bytes).unwrap();
     assert_eq!(lab.kind(&lab.backup(&[])).0, "incremental", "all was put back");
 }

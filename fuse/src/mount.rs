@@ -110,7 +110,11 @@ impl Server {
 
     /// Serves until the mount is taken away and the last open file is closed.
     pub fn run(self) -> io::Result<()> {
-        self.session.run()
+        match self.session.run() {
+            // What the last threads may see of an unmount, or `echo 1 > /sys/fs/fuse/connections/…/abort`.
+            Err(error) if error.kind() == io::ErrorKind::ConnectionAborted => Ok(()),
+            other => other,
+        }
     }
 }
 

@@ -5,14 +5,9 @@
 //! a region at a time, and no byte is given away that does not match. What is promised is in `docs/SEMANTICS.md`.
 
 mod access;
-mod around;
-mod damage;
-mod flat;
-mod image;
 mod life;
 mod node;
-mod raw;
-mod stored;
+mod text;
 mod tree;
 
 pub use access::{Access, hypervisor_access};

@@ -1,7 +1,7 @@
 //! What a node is, and the number that follows from it.
 
-use super::image::number;
 use crate::store::{BackupId, BackupName, DiskName, StoreId, VmName};
+use crate::verified::number;
 
 /// Where a backup lies, and which one it is.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -4,27 +4,23 @@ use std::collections::HashMap;
 use std::ffi::{OsStr, OsString};
 use std::fs;
 use std::os::unix::fs::MetadataExt as _;
-use std::sync::{Arc, Weak};
+use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use jiff::Timestamp;
 use knib_fuse::{
-    Attr, BlockCache, BlockFile, BlockSource, DirEntry, File, FsError, FsResult, Ino, NodeKind, Problem,
-    ReadAhead, Statfs, Tree,
+    Attr, BlockCache, BlockFile, DirEntry, File, FsError, FsResult, Ino, NodeKind, Problem, ReadAhead,
+    Statfs, Tree,
 };
-use parking_lot::{Mutex, RwLock};
+use parking_lot::RwLock;
 
 use super::access::Access;
-use super::damage::Damage;
-use super::flat::FlatCache;
-use super::image::{StoredImage, image_number};
 use super::node::{BackupRef, Node, TextFile};
-use super::raw::RawDisk;
-use super::stored::{StoredFile, Text};
-use crate::store::lease::RAW_VIEW;
-use crate::store::manifest::{Disk, Kind};
-use crate::store::sums::{SumsCache, fast};
-use crate::store::{BackupId, BackupName, DiskName, Lease, Manifest, Store, StoreError, VmName, disk_file};
+use super::text::Text;
+use crate::store::manifest::Disk;
+use crate::store::sums::fast;
+use crate::store::{BackupId, BackupName, DiskName, Manifest, Store, StoreError, VmName, disk_file};
+use crate::verified::VerifiedReader;
 
 /// How a store is shown.
 #[derive(Debug, Clone)]
@@ -42,26 +38,14 @@ pub struct StoreTree {
     store: Store,
     config: TreeConfig,
     nodes: RwLock<HashMap<u64, Node>>,
-    images: Mutex<HashMap<u64, Weak<StoredImage>>>,
-    leases: Mutex<HashMap<(BackupId, &'static str), Weak<Lease>>>,
+    reader: VerifiedReader,
     blocks: Arc<BlockCache>,
     ahead: Arc<ReadAhead>,
-    sums: Arc<SumsCache>,
-    flat: Arc<FlatCache>,
-    damage: Arc<Damage>,
     made: SystemTime,
 }
 
-/// Purpose of leases on backups whose stored files are read.
-const STORED: &str = "stored file open in the mount";
-
-/// Maps of open disks, beside the cache of decoded clusters. Bytes.
-const FLAT_CACHE: usize = 16 << 20;
-/// Records that are read while maps are built and stored files are checked. Bytes.
-const SUMS_CACHE: usize = 6 << 20;
 /// No backup's text is longer. Bytes.
 const LONGEST_TEXT: u64 = 64 << 20;
-const MOST_LAYERS: usize = 200;
 
 impl StoreTree {
     /// A tree over an opened store.
@@ -69,12 +53,8 @@ impl StoreTree {
         Ok(Self {
             blocks: BlockCache::new(config.cache_size),
             ahead: ReadAhead::start()?,
-            sums: SumsCache::new(SUMS_CACHE),
-            flat: Arc::new(FlatCache::new(FLAT_CACHE)),
-            damage: Arc::new(Damage::default()),
+            reader: VerifiedReader::new(store.clone(), &format!("the mount at {}", config.mounted_at)),
             nodes: RwLock::default(),
-            images: Mutex::default(),
-            leases: Mutex::default(),
             made: SystemTime::now(),
             store,
             config,
@@ -82,7 +62,7 @@ impl StoreTree {
     }
 
     fn error(&self, error: &StoreError) -> FsError {
-        self.damage.of_store(error)
+        self.reader.damage().of_store(error)
     }
 
     fn remember(&self, node: Node) -> Ino {
@@ -198,7 +178,7 @@ impl StoreTree {
                 ".knibfs" => Ok(Node::Control),
                 _ => Err(not_found()),
             },
-            Node::Control if name == "damage" => Ok(Node::Damage { version: self.damage.text().0 }),
+            Node::Control if name == "damage" => Ok(Node::Damage { version: self.reader.damage().text().0 }),
             Node::Vms => {
                 let vm = VmName::new(name).map_err(|_| not_found())?;
                 if self.store.vm_path(&vm).exists() { Ok(Node::Vm(vm)) } else { Err(not_found()) }
@@ -251,7 +231,7 @@ impl StoreTree {
             Node::Vms | Node::ById => folder(self.folder_time(&self.store.vms_dir())?),
             Node::Vm(vm) => folder(self.folder_time(&self.store.vm_dir(vm))?),
             Node::Damage { version } => {
-                let (now, text) = self.damage.text();
+                let (now, text) = self.reader.damage().text();
                 if now != *version {
                     return Err(FsError::stale());
                 }
@@ -277,7 +257,7 @@ impl StoreTree {
             Node::Raw { of, disk } => {
                 let manifest = self.manifest(of)?;
                 let size = self.disk(&manifest, disk)?.virtual_size;
-                let held = self.held(&manifest, disk)?.min(size);
+                let held = self.reader.held(&manifest, disk)?.min(size);
                 attr(NodeKind::File, size, held, time(manifest.taken), file_mode, true)
             }
             Node::Text { of, file, hash } => {
@@ -302,86 +282,6 @@ impl StoreTree {
         })
     }
 
-    /// A disk's backups from `top` down to the full one, by the manifests.
-    fn chain(&self, top: &Manifest, disk: &DiskName) -> FsResult<Vec<Manifest>> {
-        let broken = |of: &Manifest, what: String| {
-            self.error(&StoreError::damaged(&self.store.manifest_path(&of.vm, &of.name), what))
-        };
-        let mut chain = vec![top.clone()];
-        let mut volume = self.disk(top, disk)?.volume;
-        while let Some(of) = chain.last() {
-            let Some(here) = of.disk_of(volume) else {
-                return Err(broken(of, "a backup stands on it for a disk that it does not have".into()));
-            };
-            volume = here.volume;
-            if here.kind == Kind::Full {
-                return Ok(chain);
-            }
-            let Some(parent) = &of.parent else { return Err(broken(of, "it has no parent".into())) };
-            if chain.len() == MOST_LAYERS {
-                return Err(broken(of, format!("its chain is longer than {MOST_LAYERS}")));
-            }
-            let below = self.store.manifest(&of.vm, &parent.name).map_err(|e| match e {
-                e if e.is_not_found() => broken(of, format!("its parent {} is missing", parent.name)),
-                e => self.error(&e),
-            })?;
-            if below.id != parent.id || below.disk_of(volume).is_none_or(|d| d.name != here.name) {
-                return Err(broken(of, format!("{} is not the parent that it was made from", parent.name)));
-            }
-            chain.push(below);
-        }
-        Err(FsError::damage("an empty chain"))
-    }
-
-    /// Bytes of data in a disk's chain; what is stored twice counts twice.
-    fn held(&self, top: &Manifest, disk: &DiskName) -> FsResult<u64> {
-        let chain = self.chain(top, disk)?;
-        let stored =
-            chain.iter().filter_map(|m| m.disk(disk)).map(|d| d.data_clusters.saturating_mul(d.cluster_size));
-        Ok(stored.fold(0, u64::saturating_add))
-    }
-
-    /// The images of a disk, the top first. Opened ones are shared between chains.
-    fn images(&self, chain: &[Manifest], disk: &DiskName) -> FsResult<Vec<Arc<StoredImage>>> {
-        let below = chain.iter().skip(1).map(Some).chain([None]);
-        chain.iter().zip(below).map(|(of, below)| self.image(of, disk, below)).collect()
-    }
-
-    fn image(&self, of: &Manifest, disk: &DiskName, below: Option<&Manifest>) -> FsResult<Arc<StoredImage>> {
-        let record = self.disk(of, disk)?;
-        let number = image_number(of, record);
-        if let Some(open) = self.images.lock().get(&number).and_then(Weak::upgrade) {
-            return Ok(open);
-        }
-        let opened =
-            StoredImage::open(&self.store, of, record, below, self.sums.clone(), self.damage.clone())?;
-        let opened = Arc::new(opened);
-        let mut images = self.images.lock();
-        images.retain(|_, image| image.strong_count() > 0);
-        images.insert(number, Arc::downgrade(&opened));
-        Ok(opened)
-    }
-
-    /// Tells others that the backup is in use. A store that cannot be written takes no lease: nothing is removed from it either.
-    fn lease(&self, of: &BackupRef, what: &'static str) -> Option<Arc<Lease>> {
-        let mut leases = self.leases.lock();
-        if let Some(held) = leases.get(&(of.id, what)).and_then(Weak::upgrade) {
-            return Some(held);
-        }
-        match self.store.lease(of.id, &format!("{what} at {}", self.config.mounted_at)) {
-            Ok(lease) => {
-                let lease = Arc::new(lease);
-                leases.retain(|_, lease| lease.strong_count() > 0);
-                leases.insert((of.id, what), Arc::downgrade(&lease));
-                Some(lease)
-            }
-            Err(error) => {
-                tracing::debug!("no lease on {}/{}: {error}", of.vm, of.name);
-                None
-            }
-        }
-    }
-
     fn names(&self, node: &Node) -> FsResult<Vec<(String, Node)>> {
         Ok(match node {
             Node::Root => vec![
@@ -389,7 +289,7 @@ impl StoreTree {
                 ("by-id".into(), Node::ById),
                 ("vms".into(), Node::Vms),
             ],
-            Node::Control => vec![("damage".into(), Node::Damage { version: self.damage.text().0 })],
+            Node::Control => vec![("damage".into(), Node::Damage { version: self.reader.damage().text().0 })],
             Node::Vms => {
                 let vms = self.store.vms().map_err(|e| self.error(&e))?;
                 vms.into_iter().map(|vm| (vm.to_string(), Node::Vm(vm))).collect()
@@ -413,31 +313,6 @@ impl StoreTree {
             Node::Backup(of) => self.children(of, &self.manifest(of)?),
             _ => return Err(FsError::new(Problem::NotAFolder, "not a folder")),
         })
-    }
-
-    fn raw_disk(&self, of: &Manifest, disk: &DiskName, lease: Option<Arc<Lease>>) -> FsResult<RawDisk> {
-        let chain = self.chain(of, disk)?;
-        RawDisk::new(self.images(&chain, disk)?, self.flat.clone(), lease)
-    }
-
-    /// A disk of a backup as its guest saw it, every byte checked, for those that read without a mount. It holds a lease.
-    ///
-    /// # Errors
-    /// The backup has no such disk, or its chain is damaged.
-    pub fn disk_source(&self, of: &Manifest, disk: &DiskName) -> FsResult<Arc<dyn BlockSource>> {
-        Ok(Arc::new(self.raw_disk(of, disk, self.lease(&backup_ref(of), RAW_VIEW))?))
-    }
-
-    /// A stored image byte for byte, every byte checked.
-    ///
-    /// # Errors
-    /// The backup has no such disk, or its chain is damaged.
-    pub fn stored_file(&self, of: &Manifest, disk: &DiskName) -> FsResult<Arc<dyn File>> {
-        let chain = self.chain(of, disk)?;
-        Ok(Arc::new(StoredFile::new(
-            self.image(of, disk, chain.get(1))?,
-            self.lease(&backup_ref(of), STORED),
-        )))
     }
 }
 
@@ -484,19 +359,17 @@ impl Tree for StoreTree {
     fn open(&self, ino: Ino) -> FsResult<Arc<dyn File>> {
         match self.node(ino)? {
             Node::Raw { of, disk } => {
-                let lease = self.lease(&of, RAW_VIEW);
-                let source = self.raw_disk(&self.manifest(&of)?, &disk, lease)?;
-                Ok(Arc::new(BlockFile::new(Arc::new(source), self.blocks.clone(), self.ahead.clone())))
+                let lease = self.reader.lease_disk(of.id);
+                let source = Arc::new(self.reader.disk(&self.manifest(&of)?, &disk, lease)?);
+                Ok(Arc::new(BlockFile::new(source, self.blocks.clone(), self.ahead.clone())))
             }
             Node::Stored { of, disk, digest } => {
-                let lease = self.lease(&of, STORED);
+                let lease = self.reader.lease_file(of.id);
                 let manifest = self.manifest(&of)?;
                 if self.disk(&manifest, &disk)?.sums_digest != digest {
                     return Err(FsError::stale());
                 }
-                let chain = self.chain(&manifest, &disk)?;
-                let image = self.image(&manifest, &disk, chain.get(1))?;
-                Ok(Arc::new(StoredFile::new(image, lease)))
+                Ok(Arc::new(self.reader.file(&manifest, &disk, lease)?))
             }
             Node::Text { of, file, hash } => {
                 let text = self.read_text(&of, file)?;
@@ -506,7 +379,7 @@ impl Tree for StoreTree {
                 Ok(Arc::new(Text(text.into())))
             }
             Node::Damage { version } => {
-                let (now, text) = self.damage.text();
+                let (now, text) = self.reader.damage().text();
                 if now != version {
                     return Err(FsError::stale());
                 }

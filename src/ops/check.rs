@@ -1,11 +1,10 @@
 //! `check`: every backup can be read, and with `read_data` every stored byte is as it was written.
 
-use knib_fuse::FsError;
+use knib_fuse::{File as _, FsError};
 
 use super::control::{Event, OpControl};
-use super::disk_source::tree;
-use crate::mount::StoreTree;
 use crate::store::{BackupName, Manifest, Store, StoreResult, VmName};
+use crate::verified::VerifiedReader;
 
 /// Bytes that are read at once.
 const STEP: usize = 4 << 20;
@@ -38,7 +37,7 @@ pub fn run(
         Some(vm) => vec![store.vm(vm)?.name],
         None => store.vms()?,
     };
-    let tree = tree(store, "check")?;
+    let reader = VerifiedReader::new(store.clone(), "a check");
     let mut report = Checked::default();
     for vm in &vms {
         let manifests = match backup {
@@ -63,7 +62,7 @@ pub fn run(
                 report.images += 1;
                 let named = format!("{vm}/{}/{}", manifest.name, disk.name);
                 if let Err(error) =
-                    image(&tree, manifest, &disk.name, read_data.then_some(&named), control, &mut report)
+                    image(&reader, manifest, &disk.name, read_data.then_some(&named), control, &mut report)
                 {
                     report.damage.push(format!("{named}: {error}"));
                 }
@@ -74,7 +73,7 @@ pub fn run(
 }
 
 fn image(
-    tree: &StoreTree,
+    reader: &VerifiedReader,
     of: &Manifest,
     disk: &crate::store::DiskName,
     read_as: Option<&String>,
@@ -82,8 +81,8 @@ fn image(
     report: &mut Checked,
 ) -> Result<(), FsError> {
     // Opening maps the whole chain by the manifests: each file is there and is the one that its manifest means.
-    tree.disk_source(of, disk)?;
-    let file = tree.stored_file(of, disk)?;
+    reader.disk(of, disk, reader.lease_disk(of.id))?;
+    let file = reader.file(of, disk, reader.lease_file(of.id))?;
     let Some(named) = read_as else { return Ok(()) };
     let what = format!("reading {named}");
     (control.progress)(Event::Begin { what: what.clone(), total: file.len() });

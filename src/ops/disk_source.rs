@@ -1,27 +1,19 @@
 //! A disk of a backup as the source of a new image: only bytes that match their checksums come through.
 
-use std::sync::Arc;
-
 use knib_fuse::{BlockSource, FsError, SpanKind};
 use knib_qcow::{Run, Source};
 
-use crate::mount::{Access, StoreTree, TreeConfig};
-use crate::store::{DiskName, Manifest, Store, StoreError, StoreResult};
+use crate::store::{DiskName, Manifest, Store};
+use crate::verified::{VerifiedDisk, VerifiedReader};
 
 /// Runs are cut at so many bytes, so that work is shared evenly.
 const LONGEST_RUN: u64 = 16 << 20;
 /// Runs start and end at multiples of it: the largest cluster of a new image.
 const CLUSTER: u64 = 65536;
 
-/// Opens a store for reading as the mount does, without a mount.
-pub fn tree(store: &Store, purpose: &str) -> StoreResult<StoreTree> {
-    let config = TreeConfig { access: Access::only_me(), cache_size: 0, mounted_at: purpose.into() };
-    StoreTree::new(store.clone(), config).map_err(StoreError::io("start reading", store.root()))
-}
-
 /// A disk of a backup.
 pub struct DiskSource {
-    disk: Arc<dyn BlockSource>,
+    disk: VerifiedDisk,
     path: std::path::PathBuf,
 }
 
@@ -30,8 +22,16 @@ impl DiskSource {
     ///
     /// # Errors
     /// It is not there or damaged: the reason names the file.
-    pub fn open(store: &Store, tree: &StoreTree, of: &Manifest, name: &DiskName) -> Result<Self, FsError> {
-        Ok(Self { disk: tree.disk_source(of, name)?, path: store.disk_path(&of.vm, &of.name, name) })
+    pub fn open(
+        store: &Store,
+        reader: &VerifiedReader,
+        of: &Manifest,
+        name: &DiskName,
+    ) -> Result<Self, FsError> {
+        Ok(Self {
+            disk: reader.disk(of, name, reader.lease_disk(of.id))?,
+            path: store.disk_path(&of.vm, &of.name, name),
+        })
     }
 
     /// Size of the disk in bytes.

@@ -10,9 +10,10 @@ use knib_qcow::{
 };
 
 use super::control::{Event, OpControl};
-use super::disk_source::{DiskSource, tree};
+use super::disk_source::DiskSource;
 use crate::store::manifest::{self, ImageFormat};
 use crate::store::{DiskSpec, Store, StoreError};
+use crate::verified::VerifiedReader;
 
 /// Level of exported zstd clusters.
 const ZSTD_LEVEL: u32 = 3;
@@ -105,9 +106,9 @@ pub fn run(
     if fs::symlink_metadata(file).is_ok() {
         return Err(ExportError::Exists { path: file.to_owned() });
     }
-    let tree = tree(store, "export")?;
+    let reader = VerifiedReader::new(store.clone(), "an export");
     let read = |why| ExportError::Read { disk: format!("{}/{}", spec.backup, spec.disk), why };
-    let source = DiskSource::open(store, &tree, &of, &spec.disk).map_err(read)?;
+    let source = DiskSource::open(store, &reader, &of, &spec.disk).map_err(read)?;
     let mut beside = file.as_os_str().to_owned();
     beside.push(format!(".{}.part", std::process::id()));
     let beside = PathBuf::from(beside);

@@ -13,7 +13,9 @@ use super::{BackupId, Store, StoreError, StoreResult, atomic};
 /// Purpose of the lease that a compression holds on its backup.
 pub const COMPRESSION: &str = "compression";
 /// Beginning of the purpose of leases that readers of flat disks hold: they read on when the stored file is swapped.
-pub const RAW_VIEW: &str = "flat disk open in the mount";
+pub const RAW_VIEW: &str = "flat disk open in ";
+/// Beginning of the purpose of leases that readers of stored files hold.
+pub const STORED_FILE: &str = "stored file open in ";
 
 /// One use of a backup.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

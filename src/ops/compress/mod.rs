@@ -17,9 +17,8 @@ mod source;
 
 use super::control::{Event, OpControl};
 use super::deadline::within;
-use super::disk_source::{DiskSource, tree};
+use super::disk_source::DiskSource;
 use crate::failpoint;
-use crate::mount::StoreTree;
 use crate::store::journal::{CompressOp, Journal, Swap};
 use crate::store::lease::{COMPRESSION, Lease};
 use crate::store::manifest::{BackupState, Compression, CompressionState, Disk, Kind, Manifest};
@@ -27,6 +26,7 @@ use crate::store::sums::{Sums, SumsCache, SumsWriter, strong};
 use crate::store::{
     BackupName, DiskName, Operation, Settings, Store, StoreError, StoreResult, VmName, atomic, disk_file,
 };
+use crate::verified::VerifiedReader;
 use slot::Slot;
 use source::{Own, Seen};
 
@@ -363,7 +363,7 @@ struct Job<'a> {
     manifest: &'a Manifest,
     settings: Settings,
     library: Compression,
-    tree: StoreTree,
+    reader: VerifiedReader,
     control: &'a OpControl<'a>,
 }
 
@@ -375,8 +375,9 @@ impl<'a> Job<'a> {
             None => None,
         };
         let library = offering.map_or(Compression::Zstd, |o| o.compression_library);
-        let (settings, tree) = (store.settings()?, tree(store, "compression")?);
-        Ok(Self { store, manifest, settings, library, tree, control })
+        let settings = store.settings()?;
+        let reader = VerifiedReader::new(store.clone(), "a compression");
+        Ok(Self { store, manifest, settings, library, reader, control })
     }
 
     fn write(&self) -> Result<Vec<Disk>, CompressError> {
@@ -396,7 +397,7 @@ impl<'a> Job<'a> {
     fn disk(&self, disk: &Disk) -> Result<Disk, CompressError> {
         let failed = |source| CompressError::Write { disk: disk.name.clone(), source };
         let [image, sums_path] = self.files(disk).map(|p| hidden(&p, "new"));
-        let data = DiskSource::open(self.store, &self.tree, self.manifest, &disk.name)
+        let data = DiskSource::open(self.store, &self.reader, self.manifest, &disk.name)
             .map_err(|why| CompressError::Read { disk: disk.name.clone(), why })?;
         let source = Own { data, sums: self.old_sums(disk)?, disk };
         let parent = self.manifest.parent.as_ref().filter(|_| disk.kind == Kind::Incremental);

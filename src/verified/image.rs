@@ -1,11 +1,14 @@
 //! One stored image: its file, its checksums, and a header that must agree with the manifests.
 
 use std::fs::File;
-use std::path::PathBuf;
+use std::io;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use knib_fuse::{FsError, FsResult};
-use knib_qcow::CompressionType;
+use knib_qcow::header::incompatible;
+use knib_qcow::{CompressionType, Header, Storage};
+use parking_lot::Mutex;
 
 use super::around::Around;
 use super::damage::Damage;
@@ -76,27 +79,25 @@ impl StoredImage {
     }
 
     fn check_header(&mut self, disk: &manifest::Disk, below: Option<&Manifest>) -> FsResult<()> {
-        let mut bytes = vec![0; self.len.min(4096) as usize];
-        self.read_verified(0, &mut bytes)?;
-        let header = Header::parse(&bytes).map_err(|what| self.damaged(&what))?;
+        let checked = Checked { image: self, refused: Mutex::default() };
+        let header = Header::parse(&checked).map_err(|e| {
+            // A byte that is not as it was written is reported as such, and once.
+            checked.refused.into_inner().unwrap_or_else(|| self.damaged(&what_is_wrong(e)))
+        })?;
         if header.cluster_bits != self.cluster_bits || header.size != self.virtual_size {
             return Err(self.damaged("its header and its checksums disagree about its size"));
         }
-        let wanted = below.map(|parent| format!("../{}/{}", parent.name, disk_file(&disk.name)));
-        let named = match header.backing {
-            None => None,
-            Some((offset, len)) => {
-                let mut name = vec![0; len];
-                self.read_verified(offset, &mut name)?;
-                Some(String::from_utf8_lossy(&name).into_owned())
-            }
-        };
-        if named != wanted {
-            let show = |name: Option<String>| name.map_or("no backing file".to_owned(), |n| format!("{n:?}"));
-            let what = format!("its header names {}, its manifest {}", show(named), show(wanted));
+        if header.incompatible & !incompatible::COMPRESSION != 0 {
+            let what = format!("it has features that stored images never have ({:#x})", header.incompatible);
             return Err(self.damaged(&what));
         }
-        self.codec = header.codec;
+        let wanted = below.map(|parent| format!("../{}/{}", parent.name, disk_file(&disk.name)));
+        if header.backing != wanted {
+            let show = |name: Option<String>| name.map_or("no backing file".to_owned(), |n| format!("{n:?}"));
+            let what = format!("its header names {}, its manifest {}", show(header.backing), show(wanted));
+            return Err(self.damaged(&what));
+        }
+        self.codec = header.compression;
         Ok(())
     }
 
@@ -191,51 +192,63 @@ pub fn number(parts: &[&[u8]]) -> u64 {
     (u64::from_le_bytes(first) >> 1) | 2
 }
 
-/// What of a qcow2 header matters here.
-#[derive(Debug, PartialEq, Eq)]
-struct Header {
-    cluster_bits: u32,
-    size: u64,
-    codec: CompressionType,
-    backing: Option<(u64, usize)>,
+/// An image as the engine reads one: its header is parsed there, from bytes that are verified here.
+struct Checked<'a> {
+    image: &'a StoredImage,
+    /// Why a read was refused: the engine knows no such errors.
+    refused: Mutex<Option<FsError>>,
 }
 
-const COMPRESSION_TYPE: u64 = 1 << 3;
-/// QEMU takes no longer name. Bytes.
-const LONGEST_BACKING: u32 = 1023;
+impl Storage for Checked<'_> {
+    fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<usize> {
+        let left = self.image.len.saturating_sub(offset);
+        let len = usize::try_from(left).unwrap_or(usize::MAX).min(buf.len());
+        let (part, _) = buf.split_at_mut(len);
+        match self.image.read_verified(offset, part) {
+            Ok(()) => Ok(len),
+            Err(error) => {
+                let told = io::Error::other(error.to_string());
+                *self.refused.lock() = Some(error);
+                Err(told)
+            }
+        }
+    }
+    fn write_at(&self, _: &[u8], _: u64) -> io::Result<()> {
+        Err(io::ErrorKind::ReadOnlyFilesystem.into())
+    }
+    fn len(&self) -> io::Result<u64> {
+        Ok(self.image.len)
+    }
+    fn set_len(&self, _: u64) -> io::Result<()> {
+        Err(io::ErrorKind::ReadOnlyFilesystem.into())
+    }
+    fn sync(&self) -> io::Result<()> {
+        Ok(())
+    }
+    fn punch(&self, _: u64, _: u64) -> io::Result<()> {
+        Err(io::ErrorKind::ReadOnlyFilesystem.into())
+    }
+    fn reserve(&self, _: u64, _: u64) -> io::Result<()> {
+        Err(io::ErrorKind::ReadOnlyFilesystem.into())
+    }
+    fn next_data(&self, offset: u64) -> io::Result<Option<u64>> {
+        Ok((offset < self.image.len).then_some(offset))
+    }
+    fn next_hole(&self, _: u64) -> io::Result<u64> {
+        Ok(self.image.len)
+    }
+    fn identity(&self) -> Option<(u64, u64)> {
+        None
+    }
+    fn path(&self) -> &Path {
+        &self.image.path
+    }
+}
 
-impl Header {
-    /// QEMU's docs/interop/qcow2.txt, section "Header"; big-endian.
-    fn parse(bytes: &[u8]) -> Result<Self, String> {
-        let short = || "its header is cut".to_owned();
-        let u32_at = |at: usize| -> Result<u32, String> {
-            let field = bytes.get(at..at + 4).and_then(|b| b.try_into().ok()).ok_or_else(short)?;
-            Ok(u32::from_be_bytes(field))
-        };
-        let u64_at = |at: usize| Ok::<_, String>(u64::from(u32_at(at)?) << 32 | u64::from(u32_at(at + 4)?));
-        if u32_at(0)? != 0x5146_49fb {
-            return Err("it is no qcow2 file".into());
-        }
-        let version = u32_at(4)?;
-        let (incompatible, header_len) = match version {
-            2 => (0, 72),
-            3 => (u64_at(72)?, u32_at(100)?),
-            _ => return Err(format!("it has the unknown version {version}")),
-        };
-        if incompatible & !COMPRESSION_TYPE != 0 {
-            return Err(format!("it has features that stored images never have ({incompatible:#x})"));
-        }
-        let kind = if header_len > 104 { bytes.get(104).copied().unwrap_or(0) } else { 0 };
-        let codec = match kind {
-            0 => CompressionType::Deflate,
-            1 => CompressionType::Zstd,
-            _ => return Err(format!("it has the unknown compression type {kind}")),
-        };
-        let (offset, len) = (u64_at(8)?, u32_at(16)?);
-        if len > LONGEST_BACKING {
-            return Err("its backing file's name is too long".into());
-        }
-        let backing = (offset != 0 && len != 0).then_some((offset, len as usize));
-        Ok(Self { cluster_bits: u32_at(20)?, size: u64_at(24)?, codec, backing })
+/// The engine's reason without the file's name, which stands before it already.
+fn what_is_wrong(error: knib_qcow::Error) -> String {
+    match error {
+        knib_qcow::Error::Damaged { what, .. } | knib_qcow::Error::Unsupported { what, .. } => what,
+        other => other.to_string(),
     }
 }

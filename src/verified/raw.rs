@@ -13,7 +13,7 @@ use crate::store::sums::PIECE;
 
 /// A chain, opened; the top first.
 #[derive(Debug)]
-pub struct RawDisk {
+pub struct VerifiedDisk {
     layers: Vec<Arc<StoredImage>>,
     number: u64,
     cluster_bits: u32,
@@ -25,7 +25,7 @@ pub struct RawDisk {
     _lease: Option<Arc<Lease>>,
 }
 
-/// Of [`RawDisk::waited`].
+/// Of [`VerifiedDisk::waited`].
 const LAYER_SHIFT: u32 = 48;
 
 /// A place on the disk: region, cluster in it.
@@ -34,9 +34,9 @@ struct At {
     index: usize,
 }
 
-impl RawDisk {
+impl VerifiedDisk {
     /// A disk over images that follow each other; the first must be there.
-    pub fn new(
+    pub(super) fn new(
         layers: Vec<Arc<StoredImage>>,
         flat: Arc<FlatCache>,
         lease: Option<Arc<Lease>>,
@@ -127,7 +127,7 @@ impl RawDisk {
     }
 }
 
-impl BlockSource for RawDisk {
+impl BlockSource for VerifiedDisk {
     fn len(&self) -> u64 {
         self.size
     }
