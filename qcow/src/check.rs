@@ -1,9 +1,10 @@
 //! Checks an image's metadata: every reference is counted from nothing and compared with the refcounts that are
 //! stored. Source: the qcow2 specification, "Host cluster management"; the rules are those of `qemu-img check`.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashSet;
 use std::sync::atomic::Ordering;
 
+use crate::counts::Counts;
 use crate::entry::{COMPRESSED, COPIED, L2, OFFSET_MASK};
 use crate::refcount::{self, BLOCK_MASK};
 use crate::rw::BitmapDirectory;
@@ -12,8 +13,6 @@ use crate::{Control, Error, Header, Image, Result, Storage};
 
 /// A report has at most so many messages; the counts go on.
 const MAX_MESSAGES: usize = 100;
-/// Clusters in one part of the table of counts.
-const PART: u64 = 4096;
 /// Bits that must be clear: in the refcount table, in L1 entries, in standard L2 entries.
 const TABLE_RESERVED: u64 = 0x1ff;
 const L1_RESERVED: u64 = 0x7f00_0000_0000_01ff;
@@ -67,62 +66,76 @@ impl Report {
 /// check itself could not be done. Memory: 4 bytes for each cluster in use. `control` cancels and hears of the guest
 /// bytes done.
 pub fn check(image: &Image, control: &Control) -> Result<Report> {
-    let storage = &**image.storage();
-    let len = storage.len().map_err(|e| Error::io(storage.path(), "asking for the length", e))?;
-    let counts = HashMap::new();
-    let mut c = Check {
-        storage,
-        header: image.header(),
-        len,
-        counts,
-        stored: None,
-        report: Report::default(),
-        control,
-    };
-    let h = c.header;
-    c.count(0, h.cluster_size(), "the header");
-    c.count(
-        h.refcount_table_offset,
-        u64::from(h.refcount_table_clusters) << h.cluster_bits,
-        "the refcount table",
-    );
-    let table = c.refcount_table()?;
-    c.l1(h.l1_offset, h.l1_size, true, "the disk")?;
-    c.snapshots()?;
-    c.bitmaps()?;
+    let mut c = Check::new(image, control)?;
+    let table = c.count_all()?;
     c.compare(&table)?;
-    c.report.usage.total = h.size.div_ceil(h.cluster_size());
     Ok(c.report)
+}
+
+/// What a check knows when it is done, for those who act upon it.
+pub(crate) struct Counted {
+    pub(crate) report: Report,
+    /// Corruptions of other things than refcounts and copied flags.
+    pub(crate) structural: u64,
+    /// References to each cluster, those of the refcount table and blocks included.
+    pub(crate) counts: Counts,
+    /// Offsets of the refcount blocks that were counted; 0 for none.
+    pub(crate) blocks: Vec<u64>,
+}
+
+/// As [`check`], with the counts.
+pub(crate) fn count(image: &Image, control: &Control) -> Result<Counted> {
+    let mut c = Check::new(image, control)?;
+    let blocks = c.count_all()?;
+    let (counts, structural) = (c.counts.clone(), c.report.corruptions - c.flags);
+    c.compare(&blocks)?;
+    Ok(Counted { report: c.report, structural, counts, blocks })
 }
 
 struct Check<'a> {
     storage: &'a dyn Storage,
     header: &'a Header,
     len: u64,
-    counts: HashMap<u64, Box<[u32; PART as usize]>>,
+    counts: Counts,
+    /// Corruptions that are copied flags alone.
+    flags: u64,
     /// The refcount block that was read last: its number and bytes.
     stored: Option<(usize, Vec<u8>)>,
     report: Report,
     control: &'a Control<'a>,
 }
 
-impl Check<'_> {
+impl<'a> Check<'a> {
+    fn new(image: &'a Image, control: &'a Control<'a>) -> Result<Self> {
+        let storage = &**image.storage();
+        let len = storage.len().map_err(|e| Error::io(storage.path(), "asking for the length", e))?;
+        let (counts, report) = (Counts::default(), Report::default());
+        Ok(Check { storage, header: image.header(), len, counts, flags: 0, stored: None, report, control })
+    }
+
+    /// Counts every reference; the offsets of the refcount blocks that can be used.
+    fn count_all(&mut self) -> Result<Vec<u64>> {
+        let h = self.header;
+        self.report.usage.total = h.size.div_ceil(h.cluster_size());
+        self.count(0, h.cluster_size(), "the header");
+        let len = u64::from(h.refcount_table_clusters) << h.cluster_bits;
+        self.count(h.refcount_table_offset, len, "the refcount table");
+        let table = self.refcount_table()?;
+        self.l1(h.l1_offset, h.l1_size, true, "the disk")?;
+        self.snapshots()?;
+        self.bitmaps()?;
+        Ok(table)
+    }
+
     /// Counts a reference to every cluster of a range; one that leaves the file is a corruption.
     fn count(&mut self, offset: u64, len: u64, what: &str) -> bool {
         let bits = self.header.cluster_bits;
         let end = offset.checked_add(len);
-        let Some(end) = end.filter(|e| *e <= self.len.next_multiple_of(1 << bits)) else {
+        if end.is_none_or(|e| e > self.len.next_multiple_of(1 << bits)) {
             self.report.corrupt(format!("{what} at {offset:#x} ({len} bytes) lies outside the file"));
             return false;
-        };
-        if len > 0 {
-            for cluster in offset >> bits..=(end - 1) >> bits {
-                let part = self.counts.entry(cluster / PART).or_insert_with(|| Box::new([0; PART as usize]));
-                if let Some(n) = part.get_mut((cluster % PART) as usize) {
-                    *n = n.saturating_add(1);
-                }
-            }
         }
+        self.counts.add_bytes(offset, len, bits);
         true
     }
 
@@ -281,6 +294,7 @@ impl Check<'_> {
         // A refcount of 0 is told by the comparison too: QEMU counts both.
         if flag != (count == 1) {
             let flag = if flag { "set" } else { "clear" };
+            self.flags += 1;
             self.report.corrupt(format!(
                 "{what} at {offset:#x}: the copied flag is {flag}, its refcount is {count}"
             ));
@@ -396,9 +410,7 @@ impl Check<'_> {
             for at in 0..per_block {
                 let stored = refcount::get(&block, h.refcount_order, at as usize);
                 let cluster = number as u64 * per_block + at;
-                let part = self.counts.get_mut(&(cluster / PART));
-                let counted =
-                    part.and_then(|p| p.get_mut((cluster % PART) as usize)).map_or(0, std::mem::take);
+                let counted = self.counts.take(cluster);
                 if stored > 0 || counted > 0 {
                     self.used(cluster);
                 }
@@ -408,12 +420,7 @@ impl Check<'_> {
             }
         }
         // What is left is used, and no block counts it.
-        let mut left: Vec<(u64, u32)> = Vec::new();
-        for (part, counts) in &self.counts {
-            let used = counts.iter().enumerate().filter(|(_, n)| **n != 0);
-            left.extend(used.map(|(i, n)| (part * PART + i as u64, *n)));
-        }
-        left.sort_unstable();
+        let left: Vec<(u64, u32)> = self.counts.used().collect();
         for (cluster, counted) in left {
             self.used(cluster);
             self.differ(cluster, 0, u64::from(counted));

@@ -7,6 +7,7 @@ use std::sync::Arc;
 
 use crate::header::{self, EXT_BACKING_FORMAT, incompatible};
 use crate::refcount;
+use crate::repair::refuse_corrupt;
 use crate::storage::read_exact;
 use crate::writer::NewImage;
 use crate::{Access, CompressionType, Error, FileStorage, Format, Header, Result, Storage};
@@ -331,12 +332,7 @@ pub(crate) fn set_backing_in(
 ) -> Result<()> {
     let path = storage.path();
     let header = Header::parse(storage)?;
-    if header.incompatible & incompatible::CORRUPT != 0 {
-        return Err(Error::damaged(
-            path,
-            "it is marked corrupt and may only be read: repair it with `qemu-img check -r all`",
-        ));
-    }
+    refuse_corrupt(storage, &header)?;
     let backing = match (name, format) {
         (None, _) => None,
         (Some(name), Some(format)) => Some((name, format)),

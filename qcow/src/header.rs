@@ -25,6 +25,8 @@ pub mod incompatible {
 /// Autoclear feature bits: bitmaps are up to date; the external data file is a raw image by itself.
 pub(crate) const AUTOCLEAR_BITMAPS: u64 = 1;
 pub(crate) const AUTOCLEAR_RAW_DATA: u64 = 2;
+/// Autoclear bits that are understood.
+pub(crate) const AUTOCLEAR_KNOWN: u64 = AUTOCLEAR_BITMAPS | AUTOCLEAR_RAW_DATA;
 pub(crate) const EXT_BACKING_FORMAT: u32 = 0xe279_2aca;
 pub(crate) const EXT_DATA_FILE: u32 = 0x4441_5441;
 const EXT_LUKS: u32 = 0x0537_be77;

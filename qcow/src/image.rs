@@ -49,6 +49,14 @@ impl Image {
         Ok(Image { storage, data, header, l1, file_len, data_len })
     }
 
+    /// Opens an image whose guest data is not wanted: no other file is opened.
+    pub(crate) fn open_tables(storage: Arc<dyn Storage>) -> Result<Image> {
+        let header = Header::parse(&*storage)?;
+        let file_len = storage.len().map_err(|e| Error::io(storage.path(), "asking for the length", e))?;
+        let l1 = Vec::new();
+        Ok(Image { data: storage.clone(), storage, header, l1, file_len, data_len: file_len })
+    }
+
     /// The checked header.
     pub fn header(&self) -> &Header {
         &self.header

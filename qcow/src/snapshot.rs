@@ -1,7 +1,13 @@
 //! Internal snapshots. Source: the qcow2 specification, "Snapshots".
 
+use std::sync::Arc;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use crate::generation::Generation;
+use crate::repair::sound;
+use crate::rw::mark_bitmaps;
 use crate::storage::read_exact;
-use crate::{Error, Header, Result, Storage};
+use crate::{Control, Error, Header, Result, Storage};
 
 /// QEMU opens no image with more extra data than this in a snapshot, in bytes.
 const EXTRA_MAX: usize = 1024;
@@ -112,4 +118,144 @@ fn read_entry(storage: &dyn Storage, header: &Header, at: u64, number: u32) -> R
         extra,
         vm_state_low,
     })
+}
+
+/// Which of an image's snapshots is meant.
+fn find(storage: &dyn Storage, all: &[Snapshot], wanted: &str) -> Result<usize> {
+    let place = all.iter().position(|s| s.id == wanted).or_else(|| all.iter().position(|s| s.name == wanted));
+    place.ok_or_else(|| {
+        Error::unsupported(storage.path(), format!("it has no snapshot with the id or name {wanted:?}"))
+    })
+}
+
+fn refuse_data_file(storage: &dyn Storage, header: &Header) -> Result<()> {
+    if !header.external_data() {
+        return Ok(());
+    }
+    Err(Error::unsupported(
+        storage.path(),
+        "its data lies in an external file, of which internal snapshots are not possible",
+    ))
+}
+
+/// Makes an internal snapshot of the disk as it is, named `name`. Like [`apply`] and [`delete`] it changes the image by
+/// one write of its header: a cut leaves the image with or without the snapshot. `control` cancels the check that
+/// comes first.
+pub fn create(storage: Arc<dyn Storage>, name: &str, control: &Control) -> Result<Snapshot> {
+    let (header, counted) = sound(&storage, control)?;
+    refuse_data_file(&*storage, &header)?;
+    let mut all = read_table(&*storage, &header)?;
+    if name.is_empty() || name.len() > usize::from(u16::MAX) || name.contains('\0') {
+        return Err(Error::unsupported(storage.path(), "a snapshot's name has 1 to 65535 bytes and no NUL"));
+    }
+    let last = all.iter().filter_map(|s| s.id.parse::<u64>().ok()).max().unwrap_or(0);
+    let id = (last + 1).to_string();
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    let extra = [0u64, header.size, u64::MAX].into_iter().flat_map(u64::to_be_bytes).collect();
+    let new = Snapshot {
+        raw_id: id.clone().into_bytes(),
+        raw_name: name.as_bytes().to_vec(),
+        id,
+        name: name.to_owned(),
+        date: (now.as_secs() as u32, now.subsec_nanos()),
+        vm_clock: 0,
+        vm_state_size: 0,
+        disk_size: header.size,
+        icount: None,
+        l1_offset: header.l1_offset,
+        l1_size: header.l1_size,
+        extra,
+        vm_state_low: 0,
+    };
+    all.push(new.clone());
+    let (offset, size) = (header.l1_offset, header.l1_size);
+    let mut next = Generation::new(storage, header, counted)?;
+    let l1 = next.read_l1(offset, size)?;
+    // The snapshot keeps the tables as they are; the disk gets its own where flags change.
+    next.refer(&l1, true)?;
+    next.activate(l1, true, false)?;
+    put_table(&mut next, &all)?;
+    next.finish()?;
+    Ok(new)
+}
+
+/// Makes the disk what it was when the snapshot with the id or name `wanted` was made, its size too. What was written
+/// since is lost; persistent bitmaps are marked as in use, since they do not know of it.
+pub fn apply(storage: Arc<dyn Storage>, wanted: &str, control: &Control) -> Result<()> {
+    let (mut header, counted) = sound(&storage, control)?;
+    refuse_data_file(&*storage, &header)?;
+    let all = read_table(&*storage, &header)?;
+    let snapshot = all.get(find(&*storage, &all, wanted)?).cloned();
+    let Some(snapshot) = snapshot else { return Ok(()) };
+    mark_bitmaps(&*storage, &mut header)?;
+    let (offset, size) = (header.l1_offset, header.l1_size);
+    let mut next = Generation::new(storage, header, counted)?;
+    let given_up = next.read_l1(offset, size)?;
+    next.refer(&given_up, false)?;
+    let mut l1 = next.read_l1(snapshot.l1_offset, snapshot.l1_size)?;
+    next.refer(&l1, true)?;
+    next.header.size = snapshot.disk_size;
+    let needed = next.header.l1_needed().max(l1.len() as u64);
+    l1.resize(needed as usize, 0);
+    next.activate(l1, true, true)?;
+    next.finish().map(|_| ())
+}
+
+/// Deletes the snapshot with the id or name `wanted`, and gives back the space that only it used.
+pub fn delete(storage: Arc<dyn Storage>, wanted: &str, control: &Control) -> Result<()> {
+    let (header, counted) = sound(&storage, control)?;
+    let mut all = read_table(&*storage, &header)?;
+    let gone = all.remove(find(&*storage, &all, wanted)?);
+    let (offset, size) = (header.l1_offset, header.l1_size);
+    let mut next = Generation::new(storage, header, counted)?;
+    let l1 = next.read_l1(gone.l1_offset, gone.l1_size)?;
+    next.refer(&l1, false)?;
+    next.drop_bytes(gone.l1_offset, u64::from(gone.l1_size) * 8);
+    let l1 = next.read_l1(offset, size)?;
+    next.activate(l1, false, true)?;
+    put_table(&mut next, &all)?;
+    next.finish().map(|_| ())
+}
+
+/// Writes the table of snapshots in place of the present one.
+fn put_table(next: &mut Generation, all: &[Snapshot]) -> Result<()> {
+    let path = next.path().to_owned();
+    let old = read_table(next.storage(), &next.header)?.iter().map(Snapshot::entry_len).sum();
+    next.drop_bytes(next.header.snapshots_offset, old);
+    next.header.snapshot_count = all.len() as u32;
+    next.header.snapshots_offset = 0;
+    if all.is_empty() {
+        return Ok(());
+    }
+    let mut bytes = Vec::new();
+    for s in all {
+        let mut extra = s.extra.clone();
+        if next.header.version >= 3 && extra.len() < 16 {
+            extra = [s.vm_state_size, s.disk_size].into_iter().flat_map(u64::to_be_bytes).collect();
+        }
+        bytes.extend(s.l1_offset.to_be_bytes());
+        bytes.extend(s.l1_size.to_be_bytes());
+        bytes.extend((s.raw_id.len() as u16).to_be_bytes());
+        bytes.extend((s.raw_name.len() as u16).to_be_bytes());
+        bytes.extend(s.date.0.to_be_bytes());
+        bytes.extend(s.date.1.to_be_bytes());
+        bytes.extend(s.vm_clock.to_be_bytes());
+        bytes.extend(s.vm_state_low.to_be_bytes());
+        bytes.extend((extra.len() as u32).to_be_bytes());
+        bytes.extend(&extra);
+        bytes.extend(&s.raw_id);
+        bytes.extend(&s.raw_name);
+        bytes.resize(bytes.len().next_multiple_of(8), 0);
+    }
+    if all.len() > 65_536 || bytes.len() as u64 > TABLE_MAX {
+        return Err(Error::unsupported(
+            &path,
+            "it holds as many snapshots as qcow2 allows: delete one first",
+        ));
+    }
+    let clusters = (bytes.len() as u64).div_ceil(next.header.cluster_size());
+    let offset = next.place(clusters)?;
+    next.write(offset, &bytes, "the snapshot table")?;
+    next.header.snapshots_offset = offset;
+    Ok(())
 }

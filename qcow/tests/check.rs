@@ -8,26 +8,16 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use common::volatile::Volatile;
-use common::{Random, s, tool};
+use common::{Random, report, report_of, s, tool};
 
 use knib_qcow::{
-    Access, Chain, Control, Error, FileStorage, Format, Image, ImageMut, NoImplicit, PlainPaths, Report,
-    Storage, check,
+    Access, Chain, Control, Error, FileStorage, Format, Image, ImageMut, NoImplicit, PlainPaths, Storage,
+    check,
 };
 
 fn ok(name: &str, args: &[&str]) {
     let (code, text) = tool(name, args);
     assert_eq!(code, 0, "{name} {args:?}: {text}");
-}
-
-fn report_of(storage: Arc<dyn Storage>) -> Result<Report, Error> {
-    let image = Image::open(storage, &PlainPaths)?;
-    let cancel = AtomicBool::new(false);
-    check(&image, &Control { threads: 1, rate_limit: None, cancel: &cancel, progress: &|_| {} })
-}
-
-fn report(path: &Path) -> Result<Report, Error> {
-    report_of(FileStorage::open(path, Access::Read).unwrap())
 }
 
 /// An image with data, zeros, compressed clusters, an internal snapshot and a bitmap, as far as `options` allow.

@@ -1,13 +1,13 @@
 //! A larger disk, and what must be said in the header before the first change.
 
 use crate::create::{extensions, read_cluster_zero};
-use crate::header::{AUTOCLEAR_BITMAPS, AUTOCLEAR_RAW_DATA, incompatible};
+use crate::entry::OFFSET_MASK;
+use crate::header::{AUTOCLEAR_BITMAPS, AUTOCLEAR_KNOWN, incompatible};
 use crate::rw::ImageMut;
+use crate::rw::tables::Entry;
 use crate::storage::read_exact;
-use crate::{Error, Header, Result};
+use crate::{Error, Header, Result, Storage};
 
-/// Autoclear bits that are understood.
-const AUTOCLEAR_KNOWN: u64 = AUTOCLEAR_BITMAPS | AUTOCLEAR_RAW_DATA;
 /// The bitmaps extension.
 pub(crate) const EXT_BITMAPS: u32 = 0x2385_2875;
 
@@ -28,7 +28,7 @@ pub(crate) struct BitmapDirectory {
 
 impl BitmapDirectory {
     /// Reads the directory; `None` where there are no bitmaps, or none that count.
-    pub(crate) fn read(storage: &dyn crate::Storage, header: &Header) -> Result<Option<Self>> {
+    pub(crate) fn read(storage: &dyn Storage, header: &Header) -> Result<Option<Self>> {
         if header.version < 3 || header.autoclear & AUTOCLEAR_BITMAPS == 0 {
             return Ok(None);
         }
@@ -65,38 +65,37 @@ impl BitmapDirectory {
     }
 }
 
-impl ImageMut {
-    /// Clears the autoclear bits that are not understood, and marks every bitmap as in use: nobody keeps them up to
-    /// date from here on, and a reader must not trust them.
-    pub(super) fn mark_bitmaps(&mut self) -> Result<()> {
-        let header = &self.header;
-        if header.version < 3 {
-            return Ok(());
-        }
-        let mut changed = false;
-        if let Some(mut directory) = BitmapDirectory::read(&*self.storage, header)? {
-            for at in directory.entries(self.storage.path())? {
-                // Bit 0 of the flags, the last byte of the word at 12.
-                changed |= directory.bytes[at + 15] & 1 == 0;
-                directory.bytes[at + 15] |= 1;
-            }
-            if changed {
-                self.storage
-                    .write_at(&directory.bytes, directory.offset)
-                    .map_err(|e| Error::io(self.storage.path(), "marking the bitmaps as in use", e))?;
-            }
-        }
-        if header.autoclear & !AUTOCLEAR_KNOWN != 0 {
-            let known = header.autoclear & AUTOCLEAR_KNOWN;
-            self.storage
-                .write_at(&known.to_be_bytes(), 88)
-                .map_err(|e| Error::io(self.storage.path(), "writing the header", e))?;
-            self.header.autoclear = known;
-            changed = true;
-        }
-        if changed { self.sync() } else { Ok(()) }
+/// Clears the autoclear bits that are not understood, and marks every bitmap as in use: nobody keeps them up to date
+/// from here on, and a reader must not trust them. Durable on return.
+pub(crate) fn mark_bitmaps(storage: &dyn Storage, header: &mut Header) -> Result<()> {
+    if header.version < 3 {
+        return Ok(());
     }
+    let mut changed = false;
+    if let Some(mut directory) = BitmapDirectory::read(storage, header)? {
+        for at in directory.entries(storage.path())? {
+            // Bit 0 of the flags, the last byte of the word at 12.
+            changed |= directory.bytes[at + 15] & 1 == 0;
+            directory.bytes[at + 15] |= 1;
+        }
+        if changed {
+            storage
+                .write_at(&directory.bytes, directory.offset)
+                .map_err(|e| Error::io(storage.path(), "marking the bitmaps as in use", e))?;
+        }
+    }
+    if header.autoclear & !AUTOCLEAR_KNOWN != 0 {
+        let known = header.autoclear & AUTOCLEAR_KNOWN;
+        storage
+            .write_at(&known.to_be_bytes(), 88)
+            .map_err(|e| Error::io(storage.path(), "writing the header", e))?;
+        header.autoclear = known;
+        changed = true;
+    }
+    if changed { storage.sync().map_err(|e| Error::io(storage.path(), "syncing", e)) } else { Ok(()) }
+}
 
+impl ImageMut {
     /// Makes the disk larger; the new part reads as zeros, also over a backing file that is longer. Flushes.
     pub fn grow(&mut self, new_size: u64) -> Result<()> {
         let old_size = self.header.size;
@@ -137,8 +136,10 @@ impl ImageMut {
         let shown = self.backing.as_ref().map_or(0, |b| b.size());
         let clear_to = old_size.next_multiple_of(cluster).max(shown).min(new_size);
         self.header.size = new_size;
-        let cleared =
-            self.write_zeroes(old_size, clear_to.saturating_sub(old_size)).and_then(|()| self.flush());
+        let cleared = self
+            .clear_stale(clear_to, new_size)
+            .and_then(|()| self.write_zeroes(old_size, clear_to.saturating_sub(old_size)))
+            .and_then(|()| self.flush());
         if cleared.is_err() {
             self.failed = true;
             self.header.size = old_size;
@@ -148,6 +149,25 @@ impl ImageMut {
             .write_at(&new_size.to_be_bytes(), 24)
             .map_err(|e| Error::io(self.storage.path(), "writing the header", e))?;
         self.sync()
+    }
+
+    /// Clears clusters that something lies in. Past a disk's end nothing should; a program that was cut while it made
+    /// the disk smaller may have left it.
+    fn clear_stale(&mut self, from: u64, to: u64) -> Result<()> {
+        let (cluster, entries) = (self.header.cluster_size(), self.header.l2_entries());
+        let mut index = from.div_ceil(cluster);
+        while index < to.div_ceil(cluster) {
+            if self.l1_entry(index)? & OFFSET_MASK == 0 {
+                index = (index / entries + 1) * entries;
+                continue;
+            }
+            if self.entry(index)? != Entry::default() {
+                let start = index * cluster;
+                self.write_zeroes(start, cluster.min(to - start))?;
+            }
+            index += 1;
+        }
+        Ok(())
     }
 
     /// Moves the L1 table to where it has room for `needed` entries.

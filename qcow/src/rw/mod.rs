@@ -3,19 +3,23 @@
 
 mod compressed;
 mod grow;
-pub(crate) use grow::BitmapDirectory;
+pub(crate) use grow::{BitmapDirectory, mark_bitmaps};
 mod preallocate;
 mod sub;
 mod tables;
 
 use std::collections::{BTreeSet, HashMap, HashSet};
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 
 use crate::entry::{COPIED, L2, OFFSET_MASK};
 use crate::header::incompatible;
 use crate::refcount::Refcounts;
+use crate::repair::{Repair, refuse_corrupt, repair};
 use crate::storage::read_exact;
-use crate::{Access, Chain, Error, FileStorage, Format, Gate, Header, Implicit, Result, Storage, codec};
+use crate::{
+    Access, Chain, Control, Error, FileStorage, Format, Gate, Header, Implicit, Result, Storage, codec,
+};
 use tables::{Entry, Table};
 
 pub use preallocate::Preallocation;
@@ -26,6 +30,20 @@ pub trait Backing: Send + Sync {
     fn read(&self, buf: &mut [u8], offset: u64) -> Result<()>;
     /// Size in bytes.
     fn size(&self) -> u64;
+}
+
+/// An image whose writer left its refcounts for later and did not come back to them.
+fn repair_dirty(storage: &Arc<dyn Storage>) -> Result<()> {
+    let cancel = AtomicBool::new(false);
+    let control = Control { threads: 1, rate_limit: None, cancel: &cancel, progress: &|_| {} };
+    let repaired = repair(storage.clone(), Repair::All, &control)?;
+    match repaired.after.messages.first().filter(|_| repaired.after.corruptions != 0) {
+        Some(message) => Err(Error::damaged(
+            storage.path(),
+            format!("it is marked dirty, and its refcounts cannot be repaired: {message}"),
+        )),
+        None => Ok(()),
+    }
 }
 
 impl Backing for Chain {
@@ -63,7 +81,8 @@ pub struct ImageMut {
 
 impl ImageMut {
     /// Opens an image of version 2 or 3 for writing, and through `gate` what its header names: its backing chain to
-    /// read, its data file to write. The storage must allow writes.
+    /// read, its data file to write. The storage must allow writes. A dirty image is repaired first, one that is
+    /// marked corrupt refused.
     pub fn open(storage: Arc<dyn Storage>, gate: &dyn Gate) -> Result<Self> {
         let header = Header::parse(&*storage)?;
         let backing: Option<Box<dyn Backing>> = match &header.backing {
@@ -83,14 +102,13 @@ impl ImageMut {
         gate: &dyn Gate,
         backing: Option<Box<dyn Backing>>,
     ) -> Result<Self> {
-        let header = Header::parse(&*storage)?;
+        let mut header = Header::parse(&*storage)?;
         let path = storage.path();
-        let marked = |bit, what: &str| {
-            let repair = format!("{what}: repair it with `qemu-img check -r all {}`", path.display());
-            if header.incompatible & bit != 0 { Err(Error::unsupported(path, repair)) } else { Ok(()) }
-        };
-        marked(incompatible::DIRTY, "it is marked dirty, so its refcounts may be wrong")?;
-        marked(incompatible::CORRUPT, "it is marked corrupt and may only be read")?;
+        refuse_corrupt(&*storage, &header)?;
+        if header.incompatible & incompatible::DIRTY != 0 {
+            repair_dirty(&storage)?;
+            header = Header::parse(&*storage)?;
+        }
         let data = match (&header.data_file, header.external_data()) {
             (Some(name), true) => {
                 // The gate decides whether the file may be used; it opens to read only.
@@ -360,7 +378,7 @@ impl ImageMut {
         if self.begun {
             return Ok(());
         }
-        self.mark_bitmaps()?;
+        mark_bitmaps(&*self.storage, &mut self.header)?;
         self.begun = true;
         Ok(())
     }

@@ -5,9 +5,12 @@ pub mod volatile;
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
-use knib_qcow::{Access, Chain, Control, Error, FileStorage, Format, ImageMut, PlainPaths};
+use knib_qcow::{
+    Access, Chain, Control, Error, FileStorage, Format, Image, ImageMut, PlainPaths, Report, Storage, check,
+};
 
 pub fn s(path: &Path) -> &str {
     path.to_str().unwrap()
@@ -127,4 +130,20 @@ pub fn history(path: &Path, seed: u64, steps: u64, version: u32) {
     drop(image);
     same_as_model(path, &model);
     checked(path);
+}
+
+/// What the guest sees of an image in any storage, up to 64 MiB.
+pub fn shown(storage: Arc<dyn Storage>) -> Vec<u8> {
+    let chain = Chain::from_storage(storage, Format::Qcow2, &PlainPaths).unwrap();
+    let mut bytes = vec![0; chain.size().min(64 << 20) as usize];
+    chain.read_at(&mut bytes, 0).unwrap();
+    bytes
+}
+
+pub fn report_of(storage: Arc<dyn Storage>) -> Result<Report, Error> {
+    quiet(|control| check(&Image::open(storage, &PlainPaths)?, control))
+}
+
+pub fn report(path: &Path) -> Result<Report, Error> {
+    report_of(FileStorage::open(path, Access::Read).unwrap())
 }

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
-use knib_qcow::Storage;
+use knib_qcow::{Error, Storage};
 
 use super::Random;
 
@@ -22,7 +22,8 @@ pub struct Volatile {
 struct State {
     now: Vec<u8>,
     durable: Vec<u8>,
-    pending: Vec<(u64, Vec<u8>)>,
+    /// Writes, and cuts to a length, since the last sync.
+    pending: Vec<(u64, Option<Vec<u8>>)>,
 }
 
 fn apply(file: &mut Vec<u8>, at: u64, bytes: &[u8]) {
@@ -44,11 +45,21 @@ impl Volatile {
         }
         Ok(())
     }
+    /// What a reader sees now.
+    pub fn now(&self) -> Vec<u8> {
+        self.state.lock().unwrap().now.clone()
+    }
     /// What is on the disk after the power failed: of what was not synced, any part, by sectors.
     pub fn survivor(&self, random: &mut Random) -> Vec<u8> {
         let state = self.state.lock().unwrap();
         let mut file = state.durable.clone();
         for (at, bytes) in &state.pending {
+            let Some(bytes) = bytes else {
+                if random.below(2) == 0 {
+                    file.resize(*at as usize, 0);
+                }
+                continue;
+            };
             for (i, sector) in bytes.chunks(512).enumerate() {
                 if random.below(2) == 0 {
                     apply(&mut file, at + i as u64 * 512, sector);
@@ -71,14 +82,18 @@ impl Storage for Volatile {
         self.op()?;
         let mut state = self.state.lock().unwrap();
         apply(&mut state.now, offset, buf);
-        state.pending.push((offset, buf.to_vec()));
+        state.pending.push((offset, Some(buf.to_vec())));
         Ok(())
     }
     fn len(&self) -> io::Result<u64> {
         Ok(self.state.lock().unwrap().now.len() as u64)
     }
-    fn set_len(&self, _: u64) -> io::Result<()> {
-        Err(io::Error::other("not used when an image is changed in place"))
+    fn set_len(&self, len: u64) -> io::Result<()> {
+        self.op()?;
+        let mut state = self.state.lock().unwrap();
+        state.now.resize(len as usize, 0);
+        state.pending.push((len, None));
+        Ok(())
     }
     fn sync(&self) -> io::Result<()> {
         self.op()?;
@@ -106,4 +121,24 @@ impl Storage for Volatile {
     fn path(&self) -> &Path {
         &self.path
     }
+}
+
+/// Has `work` done on a disk with `start` that loses power before each of its operations; hands what survives to
+/// `judge`, with the number of the operation. Returns what the disk holds when nothing fails.
+pub fn every_cut(
+    start: &[u8],
+    work: &dyn Fn(Arc<dyn Storage>) -> Result<(), Error>,
+    judge: &mut dyn FnMut(u64, Vec<u8>),
+) -> Vec<u8> {
+    let whole = Volatile::new(start.to_vec(), u64::MAX);
+    work(whole.clone()).unwrap();
+    let ops = whole.ops.load(Ordering::Relaxed);
+    let mut random = Random(ops.max(1));
+    for cut in 0..ops {
+        let storage = Volatile::new(start.to_vec(), cut);
+        let error = work(storage.clone()).unwrap_err();
+        assert!(error.to_string().contains("the power failed"), "{error}");
+        judge(cut, storage.survivor(&mut random));
+    }
+    whole.now()
 }
