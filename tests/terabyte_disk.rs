@@ -150,7 +150,9 @@ fn an_incremental_backup_of_a_terabyte_costs_what_changed_and_its_mount_is_opene
     assert!(full.read < METADATA && full.written < METADATA, "2 MiB on 1 TiB: {full:?}");
 
     let each = CHANGED / PLACES;
-    lab.write(&(0..PLACES).map(|n| format!("write -q -P {} {} {each}", n + 10, place(n))).collect::<Vec<_>>());
+    lab.write(
+        &(0..PLACES).map(|n| format!("write -q -P {} {} {each}", n + 10, place(n))).collect::<Vec<_>>(),
+    );
     let (backup, cost) = lab.backup();
     assert!(cost.read >= CHANGED && cost.written >= CHANGED, "the counters count: {cost:?}");
     assert!(cost.read <= 2 * CHANGED + METADATA, "{cost:?}");

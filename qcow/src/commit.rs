@@ -1,18 +1,22 @@
 //! What overlays hold goes into their base.
 
 use std::path::Path;
-use std::sync::Arc;
-use std::sync::atomic::Ordering;
-use std::time::Instant;
+use std::sync::{Arc, mpsc};
+
+use parking_lot::Mutex;
 
 use crate::chain::ExtentKind;
 use crate::rw::ImageMut;
+use crate::writer::pipeline;
 use crate::{
-    Access, Chain, Control, Error, FileStorage, Format, LockedPaths, Locking, PlainPaths, Result, Storage,
+    Access, Chain, Control, Error, FileStorage, Format, LockedPaths, Locking, PlainPaths, Result, Run,
+    Source, Storage,
 };
 
 /// Guest bytes that are copied at once.
 const STEP: u64 = 1 << 20;
+/// New data is synced beside the copying whenever there are about so many bytes of it.
+const SYNC_EVERY: u64 = 64 << 20;
 
 /// Writes everything that the overlay holds (and the images between it and `base`) into `base`: a raw file, a block
 /// device or a qcow2 image, which is grown when it is smaller. Zeros become zeros without space. The overlay stays as
@@ -51,42 +55,90 @@ fn layers_above(chain: &Chain, base: &dyn Storage, overlay: &Path) -> Result<(us
 }
 
 fn copy(chain: &Chain, layers: usize, target: &mut Target, control: &Control) -> Result<()> {
-    let (size, begun) = (chain.size(), Instant::now());
-    let (mut at, mut copied) = (0, 0u64);
-    let mut buf = Vec::new();
-    while at < size {
-        if control.cancel.load(Ordering::Relaxed) {
-            return Err(Error::Cancelled);
+    let data = target.data();
+    let source = Top { chain, layers };
+    let spare = Mutex::new(Vec::<Vec<u8>>::new());
+    let read = |(): &mut (), run: Run| {
+        let mut buf = spare.lock().pop().unwrap_or_default();
+        if !run.zero {
+            buf.resize(run.len as usize, 0);
+            source.read(run.start, &mut buf)?;
         }
-        let extent = chain.top_extent_at(layers, at)?;
-        match extent.kind {
-            ExtentKind::Absent => at += extent.len,
-            ExtentKind::Zero { .. } => {
-                target.write_zeroes(at, extent.len)?;
-                at += extent.len;
-            }
-            ExtentKind::Data { .. } | ExtentKind::Compressed { .. } => {
-                // Neighbouring extents are gathered, so that compressed clusters do not become small writes.
-                let mut len = extent.len;
-                while len < STEP && at + len < size {
-                    let next = chain.top_extent_at(layers, at + len)?;
-                    if !matches!(next.kind, ExtentKind::Data { .. } | ExtentKind::Compressed { .. }) {
-                        break;
-                    }
-                    len += next.len;
+        Ok((run, buf))
+    };
+    std::thread::scope(|scope| {
+        // What lies on the device already is not waited for at the end. The order of writes stays what it is: nothing
+        // points to the new data before the flush.
+        let (tick, ticks) = mpsc::sync_channel::<()>(1);
+        let ahead = scope.spawn(move || {
+            let sync = |()| data.sync().map_err(|e| Error::io(data.path(), "syncing", e));
+            ticks.into_iter().try_for_each(sync)
+        });
+        let mut fresh = 0;
+        let copied = pipeline::run(
+            &source,
+            512,
+            control,
+            || Ok(()),
+            read,
+            |(run, buf)| {
+                if run.zero {
+                    return target.write_zeroes(run.start, run.len);
                 }
-                len = len.min(STEP);
-                buf.resize(len as usize, 0);
-                chain.read_at(&mut buf, at)?;
-                target.write_at(&buf, at)?;
-                at += len;
-                copied += len;
-                control.pace(begun, copied)?;
+                target.write_at(&buf, run.start)?;
+                fresh += run.len;
+                spare.lock().push(buf);
+                // Where the last one is not through yet, it takes this along.
+                if fresh >= SYNC_EVERY && tick.try_send(()).is_ok() {
+                    fresh = 0;
+                }
+                Ok(())
+            },
+        );
+        drop(tick);
+        let synced = ahead.join().unwrap_or(Err(Error::Cancelled));
+        // A sync that failed is not repeated by the next one: what it lost is lost.
+        synced.and(copied)
+    })
+}
+
+/// What the newest layers of a chain say, and not a byte more.
+struct Top<'a> {
+    chain: &'a Chain,
+    layers: usize,
+}
+
+impl Source for Top<'_> {
+    fn next(&self, from: u64) -> Result<Option<Run>> {
+        let size = self.chain.size();
+        let mut at = from;
+        while at < size {
+            let extent = self.chain.top_extent_at(self.layers, at)?;
+            match extent.kind {
+                ExtentKind::Absent => at += extent.len,
+                ExtentKind::Zero { .. } => {
+                    return Ok(Some(Run { start: at, len: extent.len, zero: true }));
+                }
+                ExtentKind::Data { .. } | ExtentKind::Compressed { .. } => {
+                    // Neighbouring extents are gathered, so that compressed clusters do not become small writes.
+                    let mut len = extent.len;
+                    while len < STEP && at + len < size {
+                        let next = self.chain.top_extent_at(self.layers, at + len)?;
+                        if !matches!(next.kind, ExtentKind::Data { .. } | ExtentKind::Compressed { .. }) {
+                            break;
+                        }
+                        len += next.len;
+                    }
+                    return Ok(Some(Run { start: at, len: len.min(STEP), zero: false }));
+                }
             }
         }
-        (control.progress)(at.min(size));
+        Ok(None)
     }
-    Ok(())
+
+    fn read(&self, offset: u64, buf: &mut [u8]) -> Result<()> {
+        self.chain.read_at(buf, offset)
+    }
 }
 
 enum Target {
@@ -95,6 +147,14 @@ enum Target {
 }
 
 impl Target {
+    /// The file that the guest's bytes go to.
+    fn data(&self) -> Arc<dyn Storage> {
+        match self {
+            Target::Raw(raw) => raw.clone(),
+            Target::Qcow2(image) => image.data_storage().clone(),
+        }
+    }
+
     fn grow(&mut self, size: u64) -> Result<()> {
         match self {
             Target::Raw(raw) => {

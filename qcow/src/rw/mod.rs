@@ -152,6 +152,11 @@ impl ImageMut {
         self.header.size
     }
 
+    /// The file with the guest's data: the image's own, or the external data file.
+    pub(crate) fn data_storage(&self) -> &Arc<dyn Storage> {
+        &self.data
+    }
+
     /// The header as it is now.
     pub fn header(&self) -> &Header {
         &self.header

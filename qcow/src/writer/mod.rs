@@ -3,7 +3,7 @@
 mod clusters;
 mod head;
 mod layout;
-mod pipeline;
+pub(crate) mod pipeline;
 mod raw;
 mod source;
 

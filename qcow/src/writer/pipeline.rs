@@ -18,13 +18,13 @@ struct State<T> {
     taken: u64,
     consumed: u64,
     last: Option<u64>,
-    results: BTreeMap<u64, Result<(T, u64)>>,
+    results: BTreeMap<u64, Result<(T, Run)>>,
     stop: bool,
 }
 
 /// Has `make` called for every job by `control.threads` workers (each with its own `new_worker`), and `take` with each
 /// result in guest order by the calling thread.
-pub(super) fn run<S: Source, W, T: Send>(
+pub(crate) fn run<S: Source, W, T: Send>(
     source: &S,
     cluster: u64,
     control: &Control,
@@ -82,7 +82,7 @@ pub(super) fn run<S: Source, W, T: Send>(
             s.taken += 1;
             drop(s);
             let made = match &mut worker {
-                Ok(worker) => make(worker, run).map(|t| (t, run.start + run.len)),
+                Ok(worker) => make(worker, run).map(|t| (t, run)),
                 Err(_) => Err(Error::Cancelled),
             };
             let made = match (&worker, made) {
@@ -99,7 +99,7 @@ pub(super) fn run<S: Source, W, T: Send>(
         for _ in 0..threads {
             scope.spawn(work);
         }
-        let mut result = Ok(());
+        let (mut result, mut copied) = (Ok(()), 0);
         loop {
             let mut s = state.lock();
             let next = loop {
@@ -121,10 +121,12 @@ pub(super) fn run<S: Source, W, T: Send>(
             match next {
                 None => break,
                 Some(r) => {
-                    if let Err(e) = r.and_then(|(t, done)| {
+                    if let Err(e) = r.and_then(|(t, run)| {
                         take(t)?;
-                        (control.progress)(done);
-                        control.pace(begun, done)
+                        (control.progress)(run.start + run.len);
+                        // Holes and zeros are no work, so they are not paced.
+                        copied += if run.zero { 0 } else { run.len };
+                        control.pace(begun, copied)
                     }) {
                         result = Err(e);
                         break;
@@ -138,7 +140,7 @@ pub(super) fn run<S: Source, W, T: Send>(
     })
 }
 
-fn finish<T>(s: &mut State<T>, ready: &Condvar, seq: u64, result: Result<(T, u64)>) {
+fn finish<T>(s: &mut State<T>, ready: &Condvar, seq: u64, result: Result<(T, Run)>) {
     s.results.insert(seq, result);
     s.taken += 1;
     s.stop = true;
