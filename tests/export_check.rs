@@ -4,8 +4,10 @@
 mod mounted_store;
 
 use std::fs;
+use std::path::Path;
 use std::process::Command;
 
+use knib_qcow::{Chain, ExtentKind, Format, PlainPaths};
 use mounted_store::{CLUSTER, Fixture, Layer, Shape};
 
 const SIZE: u64 = 40 * CLUSTER + 4096;
@@ -37,6 +39,33 @@ fn an_exported_disk_is_what_the_guest_saw() {
         assert_eq!(fs::read(raw).unwrap(), fixture.expected(1, 0, SIZE as usize));
         qemu_img(&["check", "-q", qcow2]);
         qemu_img(&["compare", "-f", "raw", "-F", "qcow2", raw, qcow2]);
+    }
+}
+
+/// The first bytes that an image stores for its compressed cluster `number`; all but the last few hundred, whose end its
+/// table does not tell.
+fn stored_bytes(image: &Path, number: u64) -> Vec<u8> {
+    let chain = Chain::open(image, Format::Qcow2, &PlainPaths).unwrap();
+    let ExtentKind::Compressed { offset, max_len, layer: 0, .. } =
+        chain.extent_at(number * CLUSTER).unwrap().kind
+    else {
+        panic!("cluster {number} of {} is not compressed", image.display());
+    };
+    let bytes = fs::read(image).unwrap();
+    bytes[offset as usize..(offset + max_len.saturating_sub(512)) as usize].to_vec()
+}
+
+#[test]
+fn compressed_clusters_are_exported_as_they_are_stored() {
+    let fixture = Fixture::chain(SIZE, true, &layers());
+    let qcow2 = fixture.dir.path().join("out.qcow2");
+    let output = fixture.knibfs(&["export", "web1/latest/root", qcow2.to_str().unwrap(), "-O", "qcow2"]);
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    // The store's were made with another level, so compressing them anew would give other bytes.
+    for (layer, number) in [(0, 1), (0, 29), (1, 5), (1, 40)] {
+        let (old, new) = (stored_bytes(&fixture.stored(layer), number), stored_bytes(&qcow2, number));
+        let len = old.len().min(new.len());
+        assert!(old.len().abs_diff(new.len()) <= 512 && old[..len] == new[..len], "cluster {number}");
     }
 }
 
@@ -82,10 +111,12 @@ fn a_flipped_byte_is_found_and_named_and_never_exported() {
     let mut bytes = good.clone();
     bytes[cluster..cluster + 70_000].fill(0x55);
     fs::write(&image, &bytes).unwrap();
-    let raw = fixture.dir.path().join("out.raw");
-    let output = fixture.knibfs(&["export", "web1/latest/root", raw.to_str().unwrap()]);
-    assert_eq!(output.status.code(), Some(1));
-    assert!(!raw.exists());
+    for form in ["raw", "qcow2"] {
+        let file = fixture.dir.path().join("out");
+        let output = fixture.knibfs(&["export", "web1/latest/root", file.to_str().unwrap(), "-O", form]);
+        assert_eq!(output.status.code(), Some(1), "{form}");
+        assert!(!file.exists());
+    }
     assert_eq!(
         fs::read_dir(fixture.dir.path())
             .unwrap()

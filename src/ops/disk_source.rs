@@ -1,7 +1,7 @@
 //! A disk of a backup as the source of a new image: only bytes that match their checksums come through.
 
 use knib_fuse::{BlockSource, FsError, SpanKind};
-use knib_qcow::{Run, Source};
+use knib_qcow::{CompressionType, Run, Source};
 
 use crate::store::{DiskName, Manifest, Store};
 use crate::verified::{VerifiedDisk, VerifiedReader};
@@ -99,5 +99,15 @@ impl Source for DiskSource {
             done += n;
         }
         Ok(())
+    }
+
+    fn take_stored(
+        &self,
+        start: u64,
+        cluster: u64,
+        kind: CompressionType,
+        out: &mut Vec<u8>,
+    ) -> knib_qcow::Result<bool> {
+        self.disk.take_stored(start, cluster, kind, out).map_err(|e| self.error(&e))
     }
 }

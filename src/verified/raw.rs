@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use knib_fuse::{BlockKey, BlockSource, FsError, FsResult, Span, SpanKind, with_buffer};
-use knib_qcow::decompress_verified;
+use knib_qcow::{CompressionType, decompress_verified};
 
 use super::flat::{Cluster, FlatCache, FlatRegion, REGION_BITS};
 use super::image::{StoredImage, number};
@@ -114,6 +114,38 @@ impl VerifiedDisk {
             (index, piece, rest, room) = (index + 1, 0, later, self.cluster_size() as usize);
         }
         Ok(())
+    }
+
+    /// Appends the stored bytes of the cluster of `size` bytes at `start` to `out`, checked, where it is compressed with
+    /// `kind`; says whether it is.
+    ///
+    /// # Errors
+    /// They cannot be read, or are not as they were written.
+    pub fn take_stored(
+        &self,
+        start: u64,
+        size: u64,
+        kind: CompressionType,
+        out: &mut Vec<u8>,
+    ) -> FsResult<bool> {
+        let at = self.at(start);
+        if size != self.cluster_size() || !start.is_multiple_of(size) {
+            return Ok(false);
+        }
+        let region = self.region(at.region)?;
+        let Cluster::Compressed { layer, offset, len } = region.cluster(at.index) else { return Ok(false) };
+        let image = self.layer(layer)?;
+        if image.codec != kind {
+            return Ok(false);
+        }
+        let from = out.len();
+        out.resize(from + len as usize, 0);
+        let stored = out.get_mut(from..).unwrap_or_default();
+        image.read(offset, stored)?;
+        if !region.matches(at.index, 0, stored) {
+            return Err(self.not_as_written(image, offset, start));
+        }
+        Ok(true)
     }
 
     fn skip_regions(&self, offset: u64) -> FsResult<Option<u64>> {

@@ -1,5 +1,6 @@
 //! What workers do: clusters are read, compressed and digested; or taken over as they are stored.
 
+use std::ops::Range;
 use std::path::Path;
 
 use parking_lot::Mutex;
@@ -9,15 +10,15 @@ use crate::writer::raw::is_zero;
 use crate::writer::{NewImage, Observer, Run, Source};
 use crate::{Error, Result};
 
-/// How a cluster will be stored, and how many bytes that takes.
-#[derive(Clone, Copy)]
+/// How a cluster will be stored, and where its job has the bytes.
+#[derive(Clone)]
 pub(super) enum Kind {
     Zero,
-    Plain(usize),
-    Compressed(usize),
+    Plain(Range<usize>),
+    Compressed(Range<usize>),
 }
 
-/// The clusters of one job in guest order. `bytes` begins with their stored bytes, one after the other.
+/// The clusters of one job in guest order, and their stored bytes in the same order.
 pub(super) struct Made<D> {
     pub(super) clusters: Vec<(u64, Kind, D)>,
     pub(super) bytes: Vec<u8>,
@@ -58,12 +59,14 @@ impl<S: Source, O: Observer> Maker<'_, S, O> {
         }
         made.bytes = self.spare.lock().pop().unwrap_or_default();
         grow(&mut made.bytes, count * cluster);
-        grow(&mut worker.guest, count * cluster);
         if let Some(compressor) = &mut worker.compressor {
+            grow(&mut worker.guest, count * cluster);
             // What it has learnt depends on which jobs it was given: the same disk makes the same file.
             compressor.forget();
         }
         let lens = self.take(worker, run)?;
+        // Where nothing is compressed, the guest's bytes stay where they were read.
+        let in_place = worker.compressor.is_none();
         let (mut used, mut taken) = (0, 0);
         let mut read_to = 0;
         for (i, len) in lens.iter().enumerate() {
@@ -85,7 +88,7 @@ impl<S: Source, O: Observer> Maker<'_, S, O> {
                 };
                 made.bytes[used..used + len].copy_from_slice(stored);
                 used += len;
-                made.clusters.push((index, Kind::Compressed(len), digest));
+                made.clusters.push((index, Kind::Compressed(used - len..used), digest));
                 continue;
             }
             if at >= read_to {
@@ -93,11 +96,13 @@ impl<S: Source, O: Observer> Maker<'_, S, O> {
                 let more = lens[i..].iter().take_while(|len| len.is_none()).count();
                 let (from, to) = (at as u64, (at as u64 + more as u64 * cluster).min(run.len));
                 read_to = at + more * cluster as usize;
-                let (data, tail) = worker.guest[at..read_to].split_at_mut((to - from) as usize);
+                let buffer = if in_place { &mut made.bytes } else { &mut worker.guest };
+                let (data, tail) = buffer[at..read_to].split_at_mut((to - from) as usize);
                 self.source.read(run.start + from, data)?;
                 tail.fill(0);
             }
-            let guest = &worker.guest[at..at + cluster as usize];
+            let buffer = if in_place { &made.bytes } else { &worker.guest };
+            let guest = &buffer[at..at + cluster as usize];
             if !self.observer.keep(index, guest) {
                 continue;
             }
@@ -107,21 +112,24 @@ impl<S: Source, O: Observer> Maker<'_, S, O> {
                 }
                 continue;
             }
-            let room = &mut made.bytes[used..used + guest.len()];
-            let shorter = match &mut worker.compressor {
-                Some(c) => c.compress_into(guest, room).map_err(|why| Error::unsupported(self.path, why))?,
-                None => None,
+            let Some(compressor) = &mut worker.compressor else {
+                let digest = self.observer.digest(index, guest, guest);
+                made.clusters.push((index, Kind::Plain(at..at + guest.len()), digest));
+                continue;
             };
-            let kind = match shorter {
-                Some(len) => Kind::Compressed(len),
+            let guest = &worker.guest[at..at + cluster as usize];
+            let room = &mut made.bytes[used..used + guest.len()];
+            let shorter = compressor.compress_into(guest, room);
+            let kind = match shorter.map_err(|why| Error::unsupported(self.path, why))? {
+                Some(len) => Kind::Compressed(used..used + len),
                 None => {
                     room.copy_from_slice(guest);
-                    Kind::Plain(guest.len())
+                    Kind::Plain(used..used + guest.len())
                 }
             };
-            let (Kind::Compressed(len) | Kind::Plain(len)) = kind else { continue };
-            let digest = self.observer.digest(index, guest, &made.bytes[used..used + len]);
-            used += len;
+            let (Kind::Compressed(stored) | Kind::Plain(stored)) = kind.clone() else { continue };
+            let digest = self.observer.digest(index, guest, &made.bytes[stored.clone()]);
+            used = stored.end;
             made.clusters.push((index, kind, digest));
         }
         Ok(made)
@@ -135,7 +143,7 @@ impl<S: Source, O: Observer> Maker<'_, S, O> {
     }
 
     /// Zeros that hide a backing file's bytes; where there is none, they need not be said.
-    fn zeros(&self, worker: &mut Worker, made: &mut Made<O::Digest>, clusters: std::ops::Range<u64>) {
+    fn zeros(&self, worker: &mut Worker, made: &mut Made<O::Digest>, clusters: Range<u64>) {
         if self.new.backing.is_none() {
             return;
         }

@@ -8,7 +8,8 @@
 //! Memory: one L2 table, two bytes a host cluster for refcounts, [`HELD_BYTES`] of plain clusters.
 
 use std::collections::VecDeque;
-use std::sync::Arc;
+use std::ops::Range;
+use std::sync::{Arc, mpsc};
 
 use parking_lot::Mutex;
 
@@ -39,21 +40,27 @@ pub fn write_image<S: Source, O: Observer>(
     observer: &O,
     control: &Control,
 ) -> Result<Written> {
-    let mut layout = Layout::new(&*dest, new)?;
-    let maker = Maker { source, observer, new, path: dest.path(), spare: Mutex::default() };
-    pipeline::run(
-        source,
-        layout.cluster,
-        control,
-        || maker.worker(),
-        |worker, run| maker.make(worker, run),
-        |mut made| {
-            layout.add(&mut made, observer)?;
-            maker.recycle(made);
-            Ok(())
-        },
-    )?;
-    layout.finish(new, observer)
+    std::thread::scope(|scope| {
+        // Handing pages to the device takes a processor's time: beside the work, not in it.
+        let (begin, ranges) = mpsc::channel();
+        let device = dest.clone();
+        scope.spawn(move || ranges.into_iter().for_each(|(at, len)| device.begin_write_back(at, len)));
+        let mut layout = Layout::new(&*dest, new, begin)?;
+        let maker = Maker { source, observer, new, path: dest.path(), spare: Mutex::default() };
+        pipeline::run(
+            source,
+            layout.cluster,
+            control,
+            || maker.worker(),
+            |worker, run| maker.make(worker, run),
+            |mut made| {
+                layout.add(&mut made, observer)?;
+                maker.recycle(made);
+                Ok(())
+            },
+        )?;
+        layout.finish(new, observer)
+    })
 }
 
 struct Layout<'a, D> {
@@ -67,6 +74,7 @@ struct Layout<'a, D> {
     at: u64,
     /// Up to here the system was asked to write to the device.
     begun: u64,
+    write_back: mpsc::Sender<(u64, u64)>,
     /// Plain clusters without a place, in guest order.
     held: Vec<u8>,
     /// The first of them and all that follow it: what has its place is told in guest order.
@@ -78,11 +86,11 @@ struct Layout<'a, D> {
 #[derive(Default)]
 struct Row {
     host: u64,
-    bytes: std::ops::Range<usize>,
+    bytes: Range<usize>,
 }
 
 impl<'a, D> Layout<'a, D> {
-    fn new(dest: &'a dyn Storage, new: &NewImage) -> Result<Self> {
+    fn new(dest: &'a dyn Storage, new: &NewImage, write_back: mpsc::Sender<(u64, u64)>) -> Result<Self> {
         if !(9..=21).contains(&new.cluster_bits) {
             return Err(Error::unsupported(dest.path(), "clusters must be of 512 B to 2 MiB"));
         }
@@ -103,6 +111,7 @@ impl<'a, D> Layout<'a, D> {
             refcounts: vec![1],
             at: cluster,
             begun: 0,
+            write_back,
             held: Vec::new(),
             waiting: VecDeque::new(),
             written: Written::default(),
@@ -111,27 +120,25 @@ impl<'a, D> Layout<'a, D> {
 
     fn add<O: Observer<Digest = D>>(&mut self, made: &mut Made<D>, observer: &O) -> Result<()> {
         let mut row = Row::default();
-        let mut from = 0;
         for (index, kind, digest) in made.clusters.drain(..) {
             self.enter(index, observer)?;
             let place = match kind {
                 Kind::Zero => Some(Place::Zero),
-                Kind::Plain(len) if self.held.is_empty() && self.at.is_multiple_of(self.cluster) => {
-                    let offset = self.append(&made.bytes, &mut row, from, len)?;
-                    Some(Place::Data { offset, len: len as u64 })
+                Kind::Plain(bytes) if self.held.is_empty() && self.at.is_multiple_of(self.cluster) => {
+                    let len = bytes.len() as u64;
+                    let offset = self.append(&made.bytes, &mut row, bytes)?;
+                    Some(Place::Data { offset, len })
                 }
-                Kind::Plain(len) => {
-                    self.held.extend_from_slice(made.bytes.get(from..from + len).unwrap_or_default());
+                Kind::Plain(bytes) => {
+                    self.held.extend_from_slice(made.bytes.get(bytes).unwrap_or_default());
                     None
                 }
-                Kind::Compressed(len) => {
-                    let offset = self.append(&made.bytes, &mut row, from, len)?;
-                    Some(Place::Compressed { offset, len: len as u64 })
+                Kind::Compressed(bytes) => {
+                    let len = bytes.len() as u64;
+                    let offset = self.append(&made.bytes, &mut row, bytes)?;
+                    Some(Place::Compressed { offset, len })
                 }
             };
-            if let Kind::Plain(len) | Kind::Compressed(len) = kind {
-                from += len;
-            }
             match place {
                 Some(place) if self.waiting.is_empty() => self.put(index, place, digest, observer)?,
                 place => self.waiting.push_back((index, place, digest)),
@@ -218,18 +225,18 @@ impl<'a, D> Layout<'a, D> {
         observer.stored(index, place, digest)
     }
 
-    /// Gives `len` bytes of a job the next place and counts the host clusters that they touch. They are written with
-    /// the rest of their row.
-    fn append(&mut self, bytes: &[u8], row: &mut Row, from: usize, len: usize) -> Result<u64> {
-        let offset = self.at;
-        if row.bytes.end == from && row.host + row.bytes.len() as u64 == offset {
-            row.bytes.end += len;
+    /// Gives bytes of a job the next place and counts the host clusters that they touch. They are written with the rest
+    /// of their row.
+    fn append(&mut self, all: &[u8], row: &mut Row, bytes: Range<usize>) -> Result<u64> {
+        let (offset, len) = (self.at, bytes.len() as u64);
+        if row.bytes.end == bytes.start && row.host + row.bytes.len() as u64 == offset {
+            row.bytes.end = bytes.end;
         } else {
-            self.write(row.host, bytes.get(row.bytes.clone()).unwrap_or_default())?;
-            *row = Row { host: offset, bytes: from..from + len };
+            self.write(row.host, all.get(row.bytes.clone()).unwrap_or_default())?;
+            *row = Row { host: offset, bytes };
         }
-        self.at += len as u64;
-        self.count(offset, len as u64);
+        self.at += len;
+        self.count(offset, len);
         Ok(offset)
     }
 
@@ -256,7 +263,8 @@ impl<'a, D> Layout<'a, D> {
         self.dest.write_at(bytes, offset).map_err(|e| Error::io(self.dest.path(), doing(), e))?;
         let end = offset + bytes.len() as u64;
         if end.saturating_sub(self.begun) >= WRITE_BACK_BYTES {
-            self.dest.begin_write_back(self.begun, end - self.begun);
+            // Advice: nothing depends on who hears it.
+            let _ = self.write_back.send((self.begun, end - self.begun));
             self.begun = end;
         }
         Ok(())

@@ -121,11 +121,11 @@ impl Copy<'_> {
 }
 
 fn codec(how: Compression) -> knib_qcow::Compression {
-    let kind = match how {
-        Compression::Zstd => knib_qcow::CompressionType::Zstd,
-        Compression::Zlib => knib_qcow::CompressionType::Deflate,
+    let (kind, level) = match how {
+        Compression::Zstd => (knib_qcow::CompressionType::Zstd, 3),
+        Compression::Zlib => (knib_qcow::CompressionType::Deflate, 6),
     };
-    knib_qcow::Compression { kind, level: 3 }
+    knib_qcow::Compression { kind, level }
 }
 
 /// Checksums, and how many clusters were compressed.
