@@ -2,6 +2,7 @@
 //!
 //! Rows that a rule comes from are rows of the tables in the requirements: "Backups", "Removal", "States".
 
+pub mod absorb;
 pub mod deltas;
 pub mod drawing;
 mod next;
@@ -10,6 +11,7 @@ mod next_tests;
 mod reason;
 mod removal;
 pub mod restore;
+pub mod retention;
 mod trust;
 
 pub use next::{Method, Next, Plan, StoredFile, VolumeNow, VolumePlan, plan};

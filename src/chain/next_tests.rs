@@ -7,7 +7,7 @@ use proptest::prelude::*;
 use super::drawing::{Link, rows};
 use super::*;
 use crate::store::layout_fixtures::{manifest, vm_record};
-use crate::store::manifest::{BackupState, ImageFormat, Kind, Manifest, PrimaryImage};
+use crate::store::manifest::{BackupState, ImageFormat, Kind, Manifest, Parent, PrimaryImage};
 use crate::store::vm::{Current, Tracking, VmRecord, VolumeTracking};
 use crate::store::{BackupId, DiskName, VmName, VolumeId};
 
@@ -19,13 +19,22 @@ struct Vm {
     chain_size: i64,
     method: Method,
     inode: u64,
+    /// Backups ever made.
+    made: u64,
 }
 
 impl Vm {
     fn new(chain_size: i64) -> Self {
         let record = vm_record(&VmName::new("web1").unwrap());
-        let mut vm =
-            Self { record, history: vec![], now: vec![], chain_size, method: Method::Delta, inode: 1 };
+        let mut vm = Self {
+            record,
+            history: vec![],
+            now: vec![],
+            chain_size,
+            method: Method::Delta,
+            inode: 1,
+            made: 0,
+        };
         let id = vm.record.volumes[0].id;
         vm.add_volume(id, "root");
         vm
@@ -69,7 +78,8 @@ impl Vm {
     /// Takes a backup as the plan says, and leaves primary as section 3 has it.
     fn backup(&mut self, isolated: bool) -> Plan {
         let plan = self.plan(isolated);
-        let sequence = self.history.len() as u64 + 1;
+        self.made += 1;
+        let sequence = self.made;
         let mut made = manifest(&self.record, "2026-11-23T22:32:42Z", sequence);
         made.name = crate::store::BackupName::at(made.taken, sequence as u32);
         let sample = made.disks.remove(0);
@@ -111,6 +121,70 @@ impl Vm {
         }
         self.history.push(made);
         plan
+    }
+
+    /// All deltas of knibfs are merged, and nothing can stand on the current backup.
+    fn end_tracking(&mut self) {
+        for volume in &mut self.now {
+            for step in deltas::merges(&volume.images) {
+                let at = volume.images.iter().position(|i| i.path == step.top).unwrap();
+                assert_eq!(volume.images[at + 1].path, step.base);
+                volume.images.remove(at);
+            }
+        }
+        self.record.tracking = Tracking { current: None, end_of_chain: true, volumes: Default::default() };
+    }
+
+    fn nodes(&self) -> Vec<Node> {
+        self.history.iter().map(Node::from).collect()
+    }
+
+    /// Removes backups as the rules say; those that are removed already are refused.
+    fn remove(&mut self, targets: &[BackupId]) {
+        let current = self.record.tracking.current.as_ref().map(|c| c.id);
+        for (target, step) in remove_all(&self.nodes(), current, targets, &|_| None) {
+            match step {
+                Err(refusal) => assert_eq!(refusal, Refusal::AlreadyRemoved),
+                Ok(Removal::Hide) => {
+                    let hidden = self.history.iter_mut().find(|m| m.id == target).unwrap();
+                    hidden.state = BackupState::Removed;
+                }
+                Ok(Removal::Delete { merge_deltas, delete, ends_chain }) => {
+                    self.history.retain(|m| !delete.contains(&m.id));
+                    let ends = |m: &&mut Manifest| Some(m.id) == ends_chain;
+                    self.history.iter_mut().filter(ends).for_each(|m| m.end_of_chain = true);
+                    if merge_deltas {
+                        self.end_tracking();
+                    }
+                }
+            }
+        }
+    }
+
+    /// Merges removed backups into what stands on them.
+    fn absorb(&mut self) {
+        for step in absorb::absorbs(&self.nodes()) {
+            let gone: Vec<Manifest> = step
+                .from
+                .iter()
+                .map(|id| self.history.iter().find(|m| m.id == *id).unwrap().clone())
+                .collect();
+            let onto = step.onto.map(|id| self.history.iter().find(|m| m.id == id).unwrap().name.clone());
+            self.history.retain(|m| !step.from.contains(&m.id));
+            let into = self.history.iter_mut().find(|m| m.id == step.into).unwrap();
+            for disk in &mut into.disks {
+                let below = gone.iter().map(|m| m.disk_of(disk.volume).map(|d| d.kind));
+                if disk.kind == Incremental && below.take_while(Option::is_some).any(|k| k == Some(Full)) {
+                    (disk.kind, disk.depth) = (Full, 1);
+                }
+            }
+            let stands = into.disks.iter().any(|d| d.kind == Incremental);
+            into.parent = step.onto.zip(onto).filter(|_| stands).map(|(id, name)| Parent { id, name });
+        }
+        for changed in absorb::renumber(&self.history) {
+            let at = self.history.iter().position(|m| m.id == changed.id).unwrap();
+            self.history[at] = changed;
+        }
     }
 
     fn kinds(&mut self, count: usize) -> Vec<Kind> {
@@ -316,6 +390,9 @@ enum Event {
     FileLost,
     ParentError,
     ChainSize(i64),
+    Remove(Vec<prop::sample::Index>),
+    Prune(u32),
+    EndChain,
 }
 
 fn events() -> impl Strategy<Value = Vec<Event>> {
@@ -328,6 +405,9 @@ fn events() -> impl Strategy<Value = Vec<Event>> {
         1 => Just(Event::FileLost),
         1 => Just(Event::ParentError),
         1 => (-1i64..6).prop_map(Event::ChainSize),
+        3 => prop::collection::vec(any::<prop::sample::Index>(), 1..4).prop_map(Event::Remove),
+        1 => (1u32..5).prop_map(Event::Prune),
+        1 => Just(Event::EndChain),
     ];
     prop::collection::vec(event, 0..60)
 }
@@ -358,12 +438,57 @@ proptest! {
                     if let Some(last) = vm.history.last_mut() { last.state = BackupState::Error; }
                 }
                 Event::ChainSize(size) => vm.chain_size = size,
+                Event::Remove(picks) if !vm.history.is_empty() => {
+                    let targets: Vec<_> = picks.iter().map(|p| p.get(&vm.history).id).collect();
+                    vm.remove(&targets);
+                }
+                Event::Remove(_) => {}
+                Event::Prune(last) => {
+                    let current = vm.record.tracking.current.as_ref().map(|c| c.id);
+                    let keep = retention::Keep { last, ..Default::default() };
+                    let kept = retention::kept(&vm.history, current, &keep, &|_| false);
+                    let listed = vm.history.iter().filter(|m| m.is_listed());
+                    let targets: Vec<_> = listed.map(|m| m.id).filter(|id| !kept.contains_key(id)).collect();
+                    let before = vm.record.tracking.clone();
+                    vm.remove(&targets);
+                    vm.absorb();
+                    prop_assert_eq!(&vm.record.tracking, &before, "retention never makes a full necessary");
+                    let hidden = vm.history.iter().filter(|m| m.state == BackupState::Removed);
+                    prop_assert_eq!(hidden.count(), 0, "a dead file is kept");
+                }
+                Event::EndChain => vm.end_tracking(),
             }
+            legal(&vm)?;
         }
-        // Every backup is drawn exactly once.
-        let drawn = rows(&vm.history, None);
-        prop_assert_eq!(drawn.len(), vm.history.len());
+        // Every living backup is drawn exactly once.
+        let drawn: Vec<_> = rows(&vm.history, None).into_iter().filter_map(|row| row.backup).collect();
+        let living = vm.history.iter().filter(|m| m.is_listed());
+        prop_assert_eq!(drawn.len(), living.count());
     }
+}
+
+/// What must be true after each operation, whatever it was.
+fn legal(vm: &Vm) -> Result<(), TestCaseError> {
+    for made in &vm.history {
+        crate::store::Record::check(made).map_err(TestCaseError::fail)?;
+        let parent = made.parent.as_ref().map(|p| vm.history.iter().find(|m| m.id == p.id));
+        prop_assert!(parent.is_none_or(|p| p.is_some()), "a backup lost what it stands on");
+        let parent = parent.flatten();
+        prop_assert_eq!(made.position, parent.map_or(1, |p| p.position + 1));
+        for disk in made.disks.iter().filter(|d| d.kind == Incremental) {
+            let below = parent.and_then(|p| p.disk_of(disk.volume));
+            prop_assert_eq!(Some(disk.depth), below.map(|d| d.depth + 1));
+        }
+        let needed = vm.history.iter().any(|m| m.parent.as_ref().is_some_and(|p| p.id == made.id));
+        prop_assert!(needed || made.state != BackupState::Removed, "a removed backup is kept for nobody");
+    }
+    let current = vm.record.tracking.current.as_ref().map(|c| c.id);
+    prop_assert!(current.is_none_or(|id| vm.history.iter().any(|m| m.id == id)));
+    for volume in &vm.now {
+        let owners: Vec<_> = volume.images.iter().filter_map(|i| i.owner).collect();
+        prop_assert!(owners.len() <= 1 && owners.iter().all(|o| Some(*o) == current), "{:?}", owners);
+    }
+    Ok(())
 }
 
 fn check(vm: &Vm, plan: &Plan, before: &Tracking) -> Result<(), TestCaseError> {

@@ -114,6 +114,7 @@ pub fn remove_all(
     targets: &[BackupId],
     in_use: &dyn Fn(BackupId) -> Option<String>,
 ) -> Vec<(BackupId, Result<Removal, Refusal>)> {
+    let before = nodes;
     let mut nodes = nodes.to_vec();
     let mut current = current;
     let mut order: Vec<BackupId> = targets.to_vec();
@@ -121,7 +122,11 @@ pub fn remove_all(
     order.dedup();
     let mut steps = Vec::new();
     for target in order {
-        let decision = removal(&nodes, current, target, in_use);
+        // Said of what it was before: a step before this one may have deleted it with what stood on it.
+        let decision = match before.iter().find(|n| n.id == target) {
+            Some(node) if node.removed => Err(Refusal::AlreadyRemoved),
+            _ => removal(&nodes, current, target, in_use),
+        };
         if let Ok(removal) = &decision {
             apply(&mut nodes, &mut current, target, removal);
         }

@@ -12,6 +12,7 @@ mod offering;
 mod operation;
 mod output;
 mod progress;
+mod prune;
 mod recover;
 mod remove;
 mod setting;
@@ -72,6 +73,8 @@ enum Command {
     Check(check::Args),
     /// Remove backups: any set, in any order.
     Remove(remove::Args),
+    /// Remove the backups that no rule keeps, and merge what others stand on into them.
+    Prune(prune::Args),
     /// Compress a stored backup.
     Compress(compress::Args),
     /// Work on raw and qcow2 images, as qemu-img does.
@@ -159,6 +162,7 @@ fn dispatch(context: &Context, command: Command) -> Outcome {
         Command::Export(args) => export::run(context, &args),
         Command::Check(args) => check::run(context, &args),
         Command::Remove(args) => remove::run(context, &args),
+        Command::Prune(args) => prune::run(context, &args),
         Command::Compress(args) => compress::run(context, &args),
         // Its exit codes are its own: it was run before.
         Command::Img(_) => Ok(()),

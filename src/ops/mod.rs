@@ -11,6 +11,7 @@ pub mod disk_source;
 pub mod export;
 pub mod hypervisor;
 pub mod images;
+pub mod prune;
 pub mod recover;
 pub mod release;
 pub mod remove;

@@ -5,7 +5,7 @@
 use super::backup::{BackupError, finish, merge, undo};
 use super::compress;
 use super::control::OpControl;
-use super::{hypervisor, release, remove};
+use super::{hypervisor, prune, release, remove};
 use crate::store::journal::{BackupOp, CompressOp, Journal, Operation};
 use crate::store::{Store, StoreError, VmName};
 
@@ -36,6 +36,9 @@ pub fn run(store: &Store, control: &OpControl<'_>) -> Result<Vec<Recovered>, Bac
             Operation::Remove(_) => locked(store, journal, |journal| {
                 remove::recover(store, journal, control).map_err(BackupError::from)
             }),
+            Operation::Absorb(_) => {
+                locked(store, journal, |journal| prune::recover(store, journal).map_err(BackupError::from))
+            }
             Operation::Release(_) => {
                 locked(store, journal, |journal| release::recover(store, journal, control))
             }

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
-use super::journal_removal::{ReleaseOp, RemoveOp};
+use super::journal_removal::{AbsorbOp, ReleaseOp, RemoveOp};
 use super::lease::COMPRESSION;
 use super::lock::hostname;
 use super::manifest::{Kind, PrimaryImage};
@@ -52,6 +52,8 @@ pub enum Operation {
     Remove(RemoveOp),
     /// Ending a VM's chain: its deltas are merged.
     Release(ReleaseOp),
+    /// Merging removed backups into the one that stands on them.
+    Absorb(AbsorbOp),
 }
 
 impl Operation {
@@ -59,7 +61,9 @@ impl Operation {
     fn state(&self) -> Option<VmState> {
         match self {
             Operation::Backup(_) => Some(VmState::BackingUp),
-            Operation::Compress(_) | Operation::Remove(_) | Operation::Release(_) => None,
+            Operation::Compress(_) | Operation::Remove(_) | Operation::Release(_) | Operation::Absorb(_) => {
+                None
+            }
         }
     }
 }
@@ -224,7 +228,7 @@ impl Store {
         let mut journal = Journal { goes_on_when_full: freeing, ..Journal::of(self, entry) };
         if let Err(error) = journal.write() {
             // Nothing was begun, so nothing may be found unfinished.
-            let _ = journal.finish();
+            let _ = atomic::remove(&journal.shared).and_then(|()| remove_local(&journal.local));
             return Err(error);
         }
         Ok(journal)
@@ -238,6 +242,15 @@ impl Store {
         let mut failed: Vec<(OpId, StoreError)> = Vec::new();
         for dir in [self.local_journal_dir(), self.journal_dir()] {
             for (id, entry) in entries(&dir)? {
+                let done = done_elsewhere(&self.journal_dir(), id);
+                if done.exists() {
+                    // Another host brought it to its end: what this one remembers must not be done again.
+                    remove_local(&self.local_journal_dir().join(format!("{id}.json")))?;
+                    if !self.journal_dir().join(format!("{id}.json")).exists() {
+                        atomic::remove(&done)?;
+                    }
+                    continue;
+                }
                 match (entry, found.iter_mut().find(|e| e.id == id)) {
                     (Ok(entry), None) => found.push(entry),
                     (Ok(entry), Some(known)) if entry.revision > known.revision => *known = entry,
@@ -346,6 +359,11 @@ impl Journal {
     pub fn finish(self) -> StoreResult<()> {
         // The other order would let a crash in between bring a finished operation back from the store alone,
         // on any host; a left local copy is only ever seen here.
+        if !self.local.exists()
+            && let Some(dir) = self.shared.parent()
+        {
+            atomic::write(&done_elsewhere(dir, self.entry.id), b"", 0o644)?;
+        }
         let shared = atomic::remove(&self.shared);
         // A store that refuses to be written has no copy to delete.
         if shared.is_err() && self.shared.exists() {
@@ -353,6 +371,11 @@ impl Journal {
         }
         remove_local(&self.local)
     }
+}
+
+/// Says, in the store, to the host that began an operation that another one has ended it.
+fn done_elsewhere(dir: &Path, id: OpId) -> PathBuf {
+    dir.join(format!("{id}.done"))
 }
 
 fn remove_local(path: &Path) -> StoreResult<()> {
@@ -438,5 +461,17 @@ mod tests {
         let found = elsewhere.unfinished().unwrap().remove(0);
         assert_eq!(step(&found), BackupStep::Planned);
         found.finish().unwrap();
+    }
+
+    #[test]
+    fn what_another_host_has_ended_is_not_done_again_by_the_one_that_began_it() {
+        let (dir, store, vm) = store_with_vm();
+        store.begin(&vm, backup_op()).unwrap();
+        let elsewhere = store.clone().with_state_dir(dir.path().join("elsewhere"));
+        elsewhere.unfinished().unwrap().remove(0).finish().unwrap();
+        assert!(store.unfinished().unwrap().is_empty());
+        for left in [store.journal_dir(), store.local_journal_dir()] {
+            assert_eq!(fs::read_dir(&left).unwrap().count(), 0, "{}", left.display());
+        }
     }
 }

@@ -3,7 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use super::journal::{Merge, Outcome};
-use super::{BackupId, BackupName, VolumeId};
+use super::{BackupId, BackupName, DiskName, VolumeId};
 
 /// Backups of one VM that are being removed.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -70,6 +70,20 @@ pub struct ReleaseOp {
     pub unassign: bool,
     /// The VM's deltas.
     pub deltas: Vec<VolumeDeltas>,
+}
+
+/// Removed backups that are being merged into the one that stands on them.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AbsorbOp {
+    /// The backup that stays. Its manifest tells whether its new files are the right ones: then it names `onto`.
+    pub into: Named,
+    /// What goes: the nearest first.
+    pub from: Vec<Named>,
+    /// What `into` stands on afterwards.
+    #[serde(default)]
+    pub onto: Option<Named>,
+    /// Disks of `into` that are written anew.
+    pub disks: Vec<DiskName>,
 }
 
 impl VolumeDeltas {

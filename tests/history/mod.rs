@@ -41,6 +41,7 @@ pub enum Step {
     Remove { which: Vec<prop::sample::Index>, leased: Option<prop::sample::Index>, kill: Option<Kill> },
     Export { which: prop::sample::Index, disk: prop::sample::Index, qcow2: bool },
     Compress { which: prop::sample::Index, kill: Option<Kill> },
+    Prune { last: u32, kill: Option<Kill> },
     ChainSize(i64),
     EndChain { kill: Option<Kill> },
 }
@@ -116,6 +117,7 @@ fn step() -> impl Strategy<Value = Step> {
         1 => (index(), index(), any::<bool>())
             .prop_map(|(which, disk, qcow2)| Step::Export { which, disk, qcow2 }),
         1 => (index(), kill()).prop_map(|(which, kill)| Step::Compress { which, kill }),
+        2 => (1u32..4, kill()).prop_map(|(last, kill)| Step::Prune { last, kill }),
         1 => prop_oneof![Just(1i64), Just(2), Just(4), Just(0)].prop_map(Step::ChainSize),
         1 => kill().prop_map(|kill| Step::EndChain { kill }),
     ]

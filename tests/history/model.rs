@@ -99,6 +99,39 @@ impl Model {
         Some(after)
     }
 
+    /// What there is after each step of a prune: its removal, then merge after merge.
+    pub fn prune(&self, last: usize, merges: bool) -> Vec<Self> {
+        let listed: Vec<BackupId> = self.backups.iter().filter(|b| !b.hidden).map(|b| b.id).collect();
+        let keep =
+            |id: &BackupId| listed.iter().rev().take(last).any(|k| k == id) || self.current == Some(*id);
+        let targets: Vec<BackupId> = listed.iter().copied().filter(|id| !keep(id)).collect();
+        let mut steps = vec![self.remove(&targets, None).unwrap()];
+        if !merges {
+            return steps;
+        }
+        loop {
+            let now = &steps[steps.len() - 1];
+            let hidden_below = |b: &Backup| b.parent.and_then(|p| now.find(p)).is_some_and(|p| p.hidden);
+            let Some(at) = now.backups.iter().position(|b| !b.hidden && hidden_below(b)) else { break };
+            let mut after = now.clone();
+            let mut into = after.backups[at].clone();
+            while let Some(gone) = into.parent.and_then(|p| now.find(p)).filter(|p| p.hidden) {
+                into.full.iter_mut().zip(&gone.full).for_each(|(full, below)| *full |= below);
+                into.parent = gone.parent;
+                after.backups.retain(|b| b.id != gone.id);
+            }
+            into.parent = into.parent.filter(|_| into.full.contains(&false));
+            let place = after.backups.iter().position(|b| b.id == into.id).unwrap();
+            after.backups[place] = into;
+            for at in 0..after.backups.len() {
+                let parent = after.backups[at].parent.and_then(|p| after.find(p));
+                after.backups[at].position = parent.map_or(1, |p| p.position + 1);
+            }
+            steps.push(after);
+        }
+        steps
+    }
+
     /// "Ending a chain early".
     pub fn end_chain(&mut self) {
         let current = self.current.take();

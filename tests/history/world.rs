@@ -8,10 +8,11 @@ use std::sync::atomic::AtomicBool;
 
 use jiff::Timestamp;
 use knib_qcow::{Chain, Format, PlainPaths};
+use knibfs::chain::retention::Keep;
 use knibfs::ops::add_vm::{NewVm, add_disks};
 use knibfs::ops::backup::{self, Options};
 use knibfs::ops::control::OpControl;
-use knibfs::ops::{check, compress, export, recover, release, remove};
+use knibfs::ops::{check, compress, export, prune, recover, release, remove};
 use knibfs::store::manifest::{BackupState, Compression, CompressionState, ImageFormat, Kind, Manifest};
 use knibfs::store::vm::Track;
 use knibfs::store::{BackupId, BackupSpec, DiskSpec, Offering, OfferingId, Store, VmName};
@@ -134,6 +135,7 @@ impl World {
             Step::Remove { which, leased, kill } => self.remove(which, *leased, kill.as_ref())?,
             Step::Export { which, disk, qcow2 } => return self.export(which, disk, *qcow2),
             Step::Compress { which, kill } => self.compress(which, kill.as_ref())?,
+            Step::Prune { last, kill } => self.prune(*last, kill.as_ref())?,
             Step::EndChain { kill } => self.end_chain(kill.as_ref())?,
         }
         self.check()
@@ -313,6 +315,36 @@ impl World {
             self.judge(backup.id, at)?;
         }
         self.read(backup.id)
+    }
+
+    fn prune(&mut self, last: u32, kill: Option<&Kill>) -> Done {
+        let steps = self.model.prune(last as usize, !self.setup.write_once);
+        let Some(kill) = kill else {
+            let keep = Keep { last, ..Keep::default() };
+            let done = quietly(|control| prune::run(&self.store, &self.vm, &keep, false, control));
+            prop_assert!(done.is_ok(), "{}", done.err().map_or(String::new(), |e| e.to_string()));
+            self.model = steps[steps.len() - 1].clone();
+            return self.newest_is_sound();
+        };
+        let ended = self.killed(&["prune", "web1", "--keep-last", &last.to_string()], kill)?;
+        let there = self.manifests()?;
+        let is = |model: &&Model| {
+            let parents = there
+                .iter()
+                .map(|m| (m.id, m.state == BackupState::Removed, m.parent.as_ref().map(|p| p.id)));
+            parents.eq(model.backups.iter().map(|b| (b.id, b.hidden, b.parent)))
+        };
+        let found = steps.iter().rev().chain([&self.model]).find(is).cloned();
+        prop_assert!(found.is_some(), "something between two steps of a prune");
+        prop_assert!(!ended || found.as_ref() == steps.last(), "it ended before its end");
+        self.model = found.unwrap();
+        self.newest_is_sound()
+    }
+
+    fn newest_is_sound(&self) -> Done {
+        let Some(newest) = self.model.backups.last() else { return Ok(()) };
+        (0..newest.disks.len()).try_for_each(|at| self.judge(newest.id, at))?;
+        self.read(newest.id)
     }
 
     fn end_chain(&mut self, kill: Option<&Kill>) -> Done {

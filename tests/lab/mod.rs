@@ -29,6 +29,15 @@ impl Lab {
         Self { dir: tempfile::Builder::new().prefix("knibfs-lab").tempdir().unwrap(), format }
     }
 
+    /// The store once more; its VMs' disks are the same.
+    pub fn copy(&self) -> Self {
+        let copy = Self::empty(self.format);
+        let status =
+            Command::new("cp").arg("-a").arg(self.path("store")).arg(copy.dir.path()).status().unwrap();
+        assert!(status.success(), "cp failed");
+        copy
+    }
+
     pub fn add_vm(&self, vm: &str, track: &str) {
         let disk = self.disk(vm);
         tool("qemu-img", &["create", "-q", "-f", self.format, disk.to_str().unwrap(), "16M"]);

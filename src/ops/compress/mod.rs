@@ -348,12 +348,12 @@ fn swap(
 }
 
 /// The files of a disk that are swapped.
-fn files(store: &Store, vm: &VmName, backup: &BackupName, disk: &DiskName) -> [PathBuf; 2] {
+pub(super) fn files(store: &Store, vm: &VmName, backup: &BackupName, disk: &DiskName) -> [PathBuf; 2] {
     [store.disk_path(vm, backup, disk), store.sums_path(vm, backup, disk)]
 }
 
 /// Its name while it is not, or no longer, the right one.
-fn hidden(path: &Path, what: &str) -> PathBuf {
+pub(super) fn hidden(path: &Path, what: &str) -> PathBuf {
     let name = path.file_name().unwrap_or_default().to_string_lossy();
     path.with_file_name(format!(".{name}.{what}"))
 }

@@ -16,11 +16,11 @@ pub(super) struct Decided {
 }
 
 /// A VM's backups as the rules see them, those with damaged manifests too.
-struct Known {
-    nodes: Vec<Node>,
-    names: BTreeMap<BackupId, BackupName>,
+pub(in crate::ops) struct Known {
+    pub nodes: Vec<Node>,
+    pub names: BTreeMap<BackupId, BackupName>,
     /// A damaged backup of which nobody knows what it stands on.
-    in_doubt: Option<BackupName>,
+    pub in_doubt: Option<BackupName>,
 }
 
 /// Decides on backups of one VM; none stands for `latest`. The caller holds the VM's lock.
@@ -117,7 +117,7 @@ fn find(
 }
 
 /// Who uses a backup.
-pub(super) fn user(store: &Store, id: BackupId) -> StoreResult<Option<String>> {
+pub(in crate::ops) fn user(store: &Store, id: BackupId) -> StoreResult<Option<String>> {
     let leases = store.leases(id)?;
     let users: Vec<String> = leases
         .iter()
@@ -127,7 +127,8 @@ pub(super) fn user(store: &Store, id: BackupId) -> StoreResult<Option<String>> {
 }
 
 impl Known {
-    fn new(store: &Store, record: &VmRecord, found: &Backups) -> Self {
+    /// Looks at all backups that were found.
+    pub fn new(store: &Store, record: &VmRecord, found: &Backups) -> Self {
         let vm = &record.name;
         let mut nodes: Vec<Node> = found.manifests.iter().map(Node::from).collect();
         let mut names: BTreeMap<BackupId, BackupName> =
@@ -163,7 +164,8 @@ impl Known {
         Self { nodes, names, in_doubt }
     }
 
-    fn named(&self, id: BackupId) -> Option<Named> {
+    /// Both of a backup's names.
+    pub fn named(&self, id: BackupId) -> Option<Named> {
         self.names.get(&id).map(|name| Named { id, name: name.clone() })
     }
 }

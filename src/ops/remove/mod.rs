@@ -3,7 +3,7 @@
 //! What is deleted is first taken out of sight by renames, which can be undone; then it is made sure that nobody came to
 //! use it meanwhile; from there on the removal is only ever finished.
 
-mod decide;
+pub(super) mod decide;
 mod error;
 mod finish;
 
@@ -60,7 +60,6 @@ struct Part<'a> {
     store: &'a Store,
     vm: VmName,
     record: VmRecord,
-    _lock: VmLock,
     hypervisor: Option<std::sync::Arc<dyn Hypervisor>>,
     op: RemoveOp,
     note: Option<String>,
@@ -87,12 +86,28 @@ pub fn run(
     // All locks and all decisions come before the first change.
     let mut parts = Vec::new();
     for (vm, names) in by_vm {
-        parts.push(part(store, vm, &names, forced)?);
+        store.vm(vm)?;
+        let lock = store.lock_vm(vm, &format!("remove {vm}/…"))?;
+        parts.push((part(store, vm, &names, forced)?, lock));
     }
     let mut done = Removed::default();
-    for part in parts {
+    for (part, _lock) in parts {
         part.run(&mut done, control)?;
     }
+    Ok(done)
+}
+
+/// As `run` for backups of one VM, whose lock the caller holds.
+pub(super) fn locked(
+    store: &Store,
+    vm: &VmName,
+    names: &[&BackupName],
+    _lock: &VmLock,
+    control: &OpControl<'_>,
+) -> Result<Removed, RemoveError> {
+    let names: Vec<_> = names.iter().map(|name| Some(*name)).collect();
+    let mut done = Removed::default();
+    part(store, vm, &names, false)?.run(&mut done, control)?;
     Ok(done)
 }
 
@@ -102,8 +117,6 @@ fn part<'a>(
     names: &[Option<&BackupName>],
     forced: bool,
 ) -> Result<Part<'a>, RemoveError> {
-    store.vm(vm)?;
-    let lock = store.lock_vm(vm, &format!("remove {vm}/…"))?;
     if store.interrupted(vm)? {
         return Err(RemoveError::Unfinished { vm: vm.clone() });
     }
@@ -112,7 +125,6 @@ fn part<'a>(
     let mut part = Part {
         store,
         vm: vm.clone(),
-        _lock: lock,
         hypervisor: None,
         note: None,
         left_behind: Vec::new(),
