@@ -51,15 +51,24 @@ impl Store {
         };
         let text = serde_json::to_vec(&info)
             .map_err(|e| StoreError::Invalid(format!("cannot encode a lease: {e}")))?;
-        let path = self.leases_dir().join(format!("{backup}.{}.json", uuid::Uuid::new_v4().simple()));
+        let name = format!("{backup}.{}.json", uuid::Uuid::new_v4().simple());
+        // Locked before it has its name: whoever found it unlocked would take it for a dead process's.
+        let (path, beside) = (self.leases_dir().join(&name), self.leases_dir().join(format!(".{name}.tmp")));
         let mut file = OpenOptions::new()
             .read(true)
             .write(true)
             .create_new(true)
-            .open(&path)
+            .open(&beside)
             .map_err(StoreError::io("create the lease", &path))?;
-        file.lock().map_err(StoreError::io("lock", &path))?;
-        file.write_all(&text).map_err(StoreError::io("write", &path))?;
+        let named = file
+            .lock()
+            .and_then(|()| file.write_all(&text))
+            .and_then(|()| fs::rename(&beside, &path))
+            .map_err(StoreError::io("write the lease", &path));
+        if let Err(error) = named {
+            let _ = fs::remove_file(&beside);
+            return Err(error);
+        }
         atomic::sync_parent(&path)?;
         Ok(Lease { path, _file: file })
     }
@@ -81,7 +90,12 @@ impl Store {
                 let _ = fs::remove_file(&path);
                 continue;
             }
-            let text = fs::read(&path).map_err(StoreError::io("read", &path))?;
+            let text = match fs::read(&path) {
+                Ok(text) => text,
+                // It ended just now.
+                Err(e) if e.kind() == std::io::ErrorKind::NotFound => continue,
+                Err(e) => return Err(StoreError::io("read", &path)(e)),
+            };
             found.push(serde_json::from_slice(&text).unwrap_or_else(|_| LeaseInfo {
                 backup,
                 purpose: "unknown (its record is being written or damaged)".into(),
@@ -119,6 +133,25 @@ mod tests {
         assert_eq!(store.leases(used).unwrap()[0].purpose, "compression");
         drop(second);
         assert_eq!(store.leases(used).unwrap(), []);
+    }
+
+    #[test]
+    fn a_lease_is_never_taken_for_a_dead_process_s_while_it_is_made() {
+        let (_dir, store, _) = store_with_vm();
+        let used = BackupId::random();
+        let done = std::sync::atomic::AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                while !done.load(std::sync::atomic::Ordering::Relaxed) {
+                    store.leases(used).unwrap();
+                }
+            });
+            for _ in 0..200 {
+                let lease = store.lease(used, "mounted at /mnt").unwrap();
+                assert!(lease.path.exists(), "it was cleared away");
+            }
+            done.store(true, std::sync::atomic::Ordering::Relaxed);
+        });
     }
 
     #[test]

@@ -3,11 +3,16 @@
 use std::fs::{File, OpenOptions, TryLockError};
 use std::io::{Read as _, Seek as _, Write as _};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use super::{Store, StoreError, StoreResult, VmName};
 
 /// File name of a lock.
 pub(super) const LOCK: &str = ".lock";
+
+/// How often a lock is tried that is held, and how long is waited in between.
+const ATTEMPTS: u32 = 5;
+const BETWEEN: Duration = Duration::from_millis(20);
 
 /// The exclusive right to change a VM's part of the store; given back when dropped.
 #[derive(Debug)]
@@ -36,13 +41,17 @@ impl Store {
         }
         let path = self.vm_dir(vm).join(LOCK);
         let file = open(&path)?;
-        match file.try_lock() {
-            Ok(()) => Ok(VmLock { file: note_holder(file, command) }),
-            Err(TryLockError::WouldBlock) => {
-                Err(StoreError::Busy { what: format!("the VM {vm}"), holder: holder(&file, &path) })
+        for attempt in 1.. {
+            match file.try_lock() {
+                Ok(()) => return Ok(VmLock { file: note_holder(file, command) }),
+                // Who only looks whether it is held holds it for a moment himself, and who took it just now may not have
+                // said so yet.
+                Err(TryLockError::WouldBlock) if attempt < ATTEMPTS => std::thread::sleep(BETWEEN),
+                Err(TryLockError::WouldBlock) => break,
+                Err(TryLockError::Error(e)) => return Err(StoreError::io("lock", &path)(e)),
             }
-            Err(TryLockError::Error(e)) => Err(StoreError::io("lock", &path)(e)),
         }
+        Err(StoreError::Busy { what: format!("the VM {vm}"), holder: holder(&file, &path) })
     }
 
     /// Whether someone holds a VM's lock; changes nothing.
