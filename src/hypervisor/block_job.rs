@@ -51,6 +51,16 @@ impl Disk<'_> {
         Ok(self.virsh(&args)?.map(drop))
     }
 
+    /// Starts pulling all backing files' data into the live image; returns once it runs.
+    pub fn start_pull(&self, rate_limit: Option<u64>) -> Result<std::result::Result<(), String>> {
+        let mut args = vec!["blockpull", self.uuid, self.target];
+        let rate = rate_limit.filter(|r| *r > 0).map(|r| r.to_string());
+        if let Some(rate) = &rate {
+            args.extend(["--bandwidth", rate, "--bytes"]);
+        }
+        Ok(self.virsh(&args)?.map(drop))
+    }
+
     /// The job that runs on the disk.
     pub fn job(&self) -> Result<std::result::Result<Option<JobInfo>, String>> {
         Ok(self.virsh(&["blockjob", self.uuid, self.target, "--info", "--raw"])?.map(|text| parse(&text)))

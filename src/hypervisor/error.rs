@@ -156,6 +156,18 @@ pub enum HypervisorError {
         /// Why.
         why: String,
     },
+    /// Data was not pulled to its end. The guest sees the same data as before.
+    #[error(
+        "pulling the data of disk {target} of domain \"{domain}\" failed: {why}; `knibfs recover` goes on with it"
+    )]
+    PullFailed {
+        /// The domain.
+        domain: String,
+        /// The disk.
+        target: String,
+        /// Why.
+        why: String,
+    },
     /// Stopped because the caller asked.
     #[error("stopped as asked; disk {target} is as it was")]
     Cancelled {
@@ -221,6 +233,10 @@ pub enum HypervisorError {
 }
 
 impl HypervisorError {
+    pub(super) fn no_domain() -> Self {
+        Self::Unsupported { what: "plain disk files have no domain that could do that".into() }
+    }
+
     pub(super) fn io(doing: &'static str, path: impl Into<PathBuf>) -> impl FnOnce(io::Error) -> Self {
         let path = path.into();
         move |source| HypervisorError::Io { doing, path, source }

@@ -31,7 +31,7 @@ pub(super) fn without(chain: &[ImageRef], above: usize, below: usize) -> Vec<Ima
 }
 
 /// The volume of that name.
-pub(super) fn volume<'a>(guest: &'a Guest, target: &str) -> Result<&'a GuestVolume> {
+pub(crate) fn volume<'a>(guest: &'a Guest, target: &str) -> Result<&'a GuestVolume> {
     guest.volumes.iter().find(|v| v.target == target).ok_or_else(|| {
         let there: Vec<_> = guest.volumes.iter().map(|v| v.target.as_str()).collect();
         HypervisorError::NoSuchVolume {
@@ -71,7 +71,7 @@ pub(super) fn check_new(path: &Path) -> Result<()> {
 }
 
 /// Whether two paths are the same file, by name or by what they lead to.
-pub(super) fn same_file(a: &Path, b: &Path) -> bool {
+pub(crate) fn same_file(a: &Path, b: &Path) -> bool {
     if a == b {
         return true;
     }
@@ -82,6 +82,6 @@ pub(super) fn same_file(a: &Path, b: &Path) -> bool {
 }
 
 /// Whether it is a block device.
-pub(super) fn is_block(path: &Path) -> bool {
+pub(crate) fn is_block(path: &Path) -> bool {
     std::fs::metadata(path).is_ok_and(|m| m.file_type().is_block_device())
 }

@@ -16,12 +16,13 @@ mod header;
 mod images;
 mod layers;
 #[cfg(feature = "libvirt")]
-mod libvirt;
+pub(crate) mod libvirt;
 mod offline;
 pub mod thaw_guard;
 pub mod xml;
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
@@ -31,6 +32,7 @@ pub use crate::store::manifest::ImageFormat;
 pub use error::{HypervisorError, Result};
 pub use header::backing_chain;
 pub use images::Images;
+pub(crate) use layers::{is_block, same_file, volume};
 #[cfg(feature = "libvirt")]
 pub use libvirt::LibvirtDomain;
 pub use offline::DiskFiles;
@@ -84,6 +86,63 @@ pub trait Hypervisor: Send + Sync {
     /// # Errors
     /// A definition or header that cannot be read, so that the answer is not known.
     fn users_of(&self, path: &Path) -> Result<Vec<ImageUser>>;
+
+    /// Makes the disks of a VM that is off lie in other images, or adds them, in one change of its definition.
+    ///
+    /// # Errors
+    /// It is not off; the definition is as it was.
+    fn place(&self, _disks: &[DiskPlace]) -> Result<()> {
+        Err(HypervisorError::no_domain())
+    }
+
+    /// Adds a disk to a VM, running or off, for this run and the next. One that is there already is left as it is.
+    ///
+    /// # Errors
+    /// libvirt refused.
+    fn attach(&self, _disk: &DiskPlace) -> Result<()> {
+        Err(HypervisorError::no_domain())
+    }
+
+    /// Starts the VM, if it is off.
+    ///
+    /// # Errors
+    /// libvirt's or QEMU's reason.
+    fn start(&self) -> Result<()> {
+        Err(HypervisorError::no_domain())
+    }
+
+    /// Reads the data of a running VM's disk into its live image until no image below the folder `foreign` is in its
+    /// chain. A job that an earlier call, killed since, left running is taken over.
+    ///
+    /// # Errors
+    /// [`HypervisorError::Cancelled`], [`HypervisorError::PullFailed`]: the guest sees the same data as before.
+    fn pull(&self, _target: &str, _foreign: &Path, _control: &JobControl<'_>) -> Result<Pulled> {
+        Err(HypervisorError::no_domain())
+    }
+
+    /// Opens all images of a running VM anew, by saving its memory and starting it from there.
+    ///
+    /// # Errors
+    /// libvirt's reason; saved memory is used by the next start.
+    fn reopen(&self) -> Result<()> {
+        Err(HypervisorError::no_domain())
+    }
+
+    /// Defines the VM on another host, too, and returns it as it is there. Where it has a definition there, that is replaced.
+    ///
+    /// # Errors
+    /// The host cannot be reached, or refuses the definition.
+    fn copy_to(&self, _uri: &str) -> Result<Arc<dyn Hypervisor>> {
+        Err(HypervisorError::no_domain())
+    }
+
+    /// Forgets the definition of a VM that is off. Its disks stay.
+    ///
+    /// # Errors
+    /// libvirt refused.
+    fn undefine(&self) -> Result<()> {
+        Err(HypervisorError::no_domain())
+    }
 
     /// Whether the guest agent answers within `limit`.
     ///
@@ -239,6 +298,26 @@ impl std::fmt::Display for ImageUser {
         };
         write!(f, "disk {} in the {where_} of domain \"{}\"", self.target, self.domain)
     }
+}
+
+/// Where a disk is to lie.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DiskPlace {
+    /// Device in the guest.
+    pub target: String,
+    /// Its images, live one first.
+    pub chain: Vec<ImageRef>,
+    /// The `<disk>` that is added where the VM has no such disk.
+    pub model: Option<String>,
+}
+
+/// How pulling ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Pulled {
+    /// All data is in the live image, and both definitions say so.
+    Done,
+    /// The VM went off; what was pulled stays pulled.
+    Off,
 }
 
 /// How the caller steers a merge and hears of it.

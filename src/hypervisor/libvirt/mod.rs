@@ -4,8 +4,10 @@
 //! threads do not wait for each other.
 
 mod commit;
+pub(crate) mod define;
 mod inspect;
 mod persistent;
+mod pull;
 mod snapshot;
 mod users;
 
@@ -20,8 +22,8 @@ use virt::error::{Error, ErrorNumber};
 
 use super::agent::Agent;
 use super::{
-    Guest, Hypervisor, HypervisorError, ImageRef, ImageUser, Images, JobControl, NewOverlay, Quiesce, Result,
-    Snapshot,
+    DiskPlace, Guest, Hypervisor, HypervisorError, ImageRef, ImageUser, Images, JobControl, NewOverlay,
+    Pulled, Quiesce, Result, Snapshot,
 };
 
 /// How long a thaw is tried after knibfs died.
@@ -100,6 +102,34 @@ impl Hypervisor for LibvirtDomain {
 
     fn users_of(&self, path: &Path) -> Result<Vec<ImageUser>> {
         users::users_of(&self.session()?, path)
+    }
+
+    fn place(&self, disks: &[DiskPlace]) -> Result<()> {
+        define::place(&self.session()?, disks)
+    }
+
+    fn attach(&self, disk: &DiskPlace) -> Result<()> {
+        define::attach(&self.session()?, disk)
+    }
+
+    fn start(&self) -> Result<()> {
+        define::start(&self.session()?)
+    }
+
+    fn pull(&self, target: &str, foreign: &Path, control: &JobControl<'_>) -> Result<Pulled> {
+        pull::pull(self, &self.session()?, target, foreign, control)
+    }
+
+    fn reopen(&self) -> Result<()> {
+        define::reopen(&self.session()?)
+    }
+
+    fn copy_to(&self, uri: &str) -> Result<Arc<dyn Hypervisor>> {
+        Ok(Arc::new(define::copy_to(self, &self.session()?, uri)?))
+    }
+
+    fn undefine(&self) -> Result<()> {
+        define::undefine(&self.session()?)
     }
 
     fn agent_ping(&self, limit: Duration) -> Result<()> {
