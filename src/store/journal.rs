@@ -12,6 +12,7 @@ use super::journal_removal::{AbsorbOp, ReleaseOp, RemoveOp};
 use super::lease::COMPRESSION;
 use super::lock::hostname;
 use super::manifest::{Kind, PrimaryImage};
+use super::restore_op::{RestoreOp, RestoreStep};
 use super::vm::{Tracking, VmState};
 use super::{
     BackupId, BackupName, DiskName, OpId, Record, Store, StoreError, StoreResult, VmName, VmRecord, VolumeId,
@@ -54,6 +55,8 @@ pub enum Operation {
     Release(ReleaseOp),
     /// Merging removed backups into the one that stands on them.
     Absorb(AbsorbOp),
+    /// Restoring volumes.
+    Restore(Box<RestoreOp>),
 }
 
 impl Operation {
@@ -61,6 +64,11 @@ impl Operation {
     fn state(&self) -> Option<VmState> {
         match self {
             Operation::Backup(_) => Some(VmState::BackingUp),
+            Operation::Restore(op) => {
+                let overwritten = op.disks.iter().any(|d| d.in_place && d.outcome != Outcome::Pending);
+                let whole = op.step > RestoreStep::Write || !overwritten;
+                Some(if whole { VmState::Restoring } else { VmState::RestoreError })
+            }
             Operation::Compress(_) | Operation::Remove(_) | Operation::Release(_) | Operation::Absorb(_) => {
                 None
             }
@@ -338,6 +346,15 @@ impl Journal {
         self.update(|operation| {
             if let Operation::Backup(backup) = operation {
                 change(backup);
+            }
+        })
+    }
+
+    /// As `update` for a restore; does nothing to other operations.
+    pub fn update_restore(&mut self, change: impl FnOnce(&mut RestoreOp)) -> StoreResult<()> {
+        self.update(|operation| {
+            if let Operation::Restore(restore) = operation {
+                change(restore);
             }
         })
     }

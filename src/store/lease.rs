@@ -8,7 +8,7 @@ use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
 use super::lock::hostname;
-use super::{BackupId, Store, StoreError, StoreResult, atomic};
+use super::{BackupId, Operation, Store, StoreError, StoreResult, atomic};
 
 /// Purpose of the lease that a compression holds on its backup.
 pub const COMPRESSION: &str = "compression";
@@ -103,6 +103,29 @@ impl Store {
                 pid: 0,
                 since: Timestamp::UNIX_EPOCH,
             }));
+        }
+        found.extend(self.restores_of(backup)?);
+        Ok(found)
+    }
+
+    /// Restores that are not at their end: with or without a living process, they need the backup.
+    fn restores_of(&self, backup: BackupId) -> StoreResult<Vec<LeaseInfo>> {
+        let mut found = Vec::new();
+        for journal in self.unfinished()? {
+            let entry = journal.entry();
+            match &entry.operation {
+                Operation::Restore(op) if op.backup == backup => found.push(LeaseInfo {
+                    backup,
+                    purpose: format!(
+                        "restore to {} (`knibfs recover` ends one that was interrupted)",
+                        entry.vm
+                    ),
+                    host: entry.host.clone(),
+                    pid: entry.pid,
+                    since: entry.started,
+                }),
+                _ => {}
+            }
         }
         Ok(found)
     }

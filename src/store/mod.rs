@@ -5,6 +5,7 @@
 
 pub mod atomic;
 mod error;
+mod hosts;
 pub mod ids;
 pub mod journal;
 pub mod journal_removal;
@@ -18,6 +19,7 @@ pub mod names;
 mod offering;
 mod probe;
 mod record;
+pub mod restore_op;
 pub mod settings;
 pub mod staging;
 pub mod sums;
@@ -25,6 +27,7 @@ mod trash;
 pub mod vm;
 
 pub use error::{StoreError, StoreResult};
+pub use hosts::Host;
 pub use ids::{BackupId, OfferingId, OpId, StoreId, VmId, VolumeId};
 pub use journal::{Journal, Operation};
 pub use layout::{Backups, FORMAT, Store, StoreConfig, disk_file, sums_file};
