@@ -4,6 +4,7 @@ mod backup;
 mod check;
 mod compress;
 mod export;
+mod host;
 mod img;
 mod init;
 mod list;
@@ -15,6 +16,7 @@ mod progress;
 mod prune;
 mod recover;
 mod remove;
+mod restore;
 mod setting;
 mod show;
 mod signals;
@@ -61,6 +63,15 @@ enum Command {
     Vm(vm::Command),
     /// Take a backup of a VM; prints its name.
     Backup(backup::Args),
+    /// Restore all volumes of a backup to the VM that it is of.
+    Restore(restore::RestoreArgs),
+    /// Restore one disk of a backup as a new volume of a VM.
+    RestoreVolume(restore::VolumeArgs),
+    /// Make a new VM of a backup.
+    CreateVm(restore::CreateArgs),
+    /// The hosts that quick restores may start VMs on.
+    #[command(subcommand)]
+    Host(host::Command),
     /// Finish or undo what a crash interrupted.
     Recover,
     /// List backups, and draw how they stand on each other.
@@ -156,6 +167,10 @@ fn dispatch(context: &Context, command: Command) -> Outcome {
         Command::Setting(command) => setting::run(context, command),
         Command::Vm(command) => vm::run(context, command),
         Command::Backup(args) => backup::run(context, &args),
+        Command::Restore(args) => restore::run(context, &args),
+        Command::RestoreVolume(args) => restore::run_volume(context, &args),
+        Command::CreateVm(args) => restore::run_create(context, &args),
+        Command::Host(command) => host::run(context, command),
         Command::Recover => recover::run(context),
         Command::List(args) => list::run(context, &args),
         Command::Show(args) => show::run(context, &args),

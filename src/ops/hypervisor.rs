@@ -1,5 +1,6 @@
 //! Which hypervisor has a VM's disks.
 
+use std::path::Path;
 use std::sync::Arc;
 
 use super::images::EngineImages;
@@ -36,6 +37,67 @@ pub(super) fn disk_files(record: &VmRecord) -> Result<DiskFiles> {
 /// What the hypervisor calls a volume.
 pub fn target(volume: &Volume) -> String {
     volume.target.clone().unwrap_or_else(|| volume.name.to_string())
+}
+
+/// Whether two paths are the same file.
+pub(super) fn same_file(a: &Path, b: &Path) -> bool {
+    crate::hypervisor::same_file(a, b)
+}
+
+/// Whether it is a block device.
+pub(super) fn is_block(path: &Path) -> bool {
+    crate::hypervisor::is_block(path)
+}
+
+/// Why VMs cannot be started on the host `uri`, if so. A URI says nothing about another machine's disks, so only
+/// libvirts of this machine will do: `qemu:///…` and `qemu+unix:///…`.
+pub(super) fn host_trouble(uri: &str) -> Option<String> {
+    let local = ["qemu:///", "qemu+unix:///"].iter().any(|prefix| uri.starts_with(prefix));
+    if !local {
+        return Some(format!(
+            "{uri} is another machine, and knibfs does not run there: start the VM on a libvirt of this machine"
+        ));
+    }
+    reach_host(uri).err().map(|e| e.to_string())
+}
+
+#[cfg(feature = "libvirt")]
+fn reach_host(uri: &str) -> Result<()> {
+    crate::hypervisor::libvirt::define::reach_host(uri)
+}
+
+#[cfg(not(feature = "libvirt"))]
+fn reach_host(uri: &str) -> Result<()> {
+    domain(uri, "any").map(drop)
+}
+
+/// Defines a new domain on a host; refused where it has one of that name.
+///
+/// # Errors
+/// libvirt cannot be reached, or refuses it.
+#[cfg(feature = "libvirt")]
+pub(super) fn define(uri: &str, definition: &str) -> Result<Arc<dyn Hypervisor>> {
+    let made = crate::hypervisor::libvirt::define::new_domain(uri, definition, Arc::new(EngineImages))?;
+    Ok(Arc::new(made))
+}
+
+#[cfg(not(feature = "libvirt"))]
+pub(super) fn define(uri: &str, _definition: &str) -> Result<Arc<dyn Hypervisor>> {
+    domain(uri, "new")
+}
+
+/// Whether a host has a domain of that name.
+///
+/// # Errors
+/// libvirt cannot be reached.
+#[cfg(feature = "libvirt")]
+pub(super) fn has_domain(uri: &str, name: &str) -> Result<bool> {
+    crate::hypervisor::libvirt::define::has_domain(uri, name)
+}
+
+#[cfg(not(feature = "libvirt"))]
+pub(super) fn has_domain(uri: &str, name: &str) -> Result<bool> {
+    domain(uri, name).map(|_| true)
 }
 
 /// The domain of that name or UUID on the host `uri`.

@@ -15,3 +15,4 @@ pub mod prune;
 pub mod recover;
 pub mod release;
 pub mod remove;
+pub mod restore;

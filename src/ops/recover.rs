@@ -5,7 +5,7 @@
 use super::backup::{BackupError, finish, merge, undo};
 use super::compress;
 use super::control::OpControl;
-use super::{hypervisor, prune, release, remove};
+use super::{hypervisor, prune, release, remove, restore};
 use crate::store::journal::{BackupOp, CompressOp, Journal, Operation};
 use crate::store::{Store, StoreError, VmName};
 
@@ -18,14 +18,18 @@ pub struct Recovered {
     pub done: String,
 }
 
-/// Finishes or undoes every interrupted operation. A compression that goes on is left alone.
+/// Finishes or undoes every interrupted operation, and pulls the data of quick restores to its end. A compression that goes on
+/// is left alone.
 ///
 /// # Errors
 /// The first that could not be recovered, a VM that is being worked on among them; the others were.
 pub fn run(store: &Store, control: &OpControl<'_>) -> Result<Vec<Recovered>, BackupError> {
     let mut all = Vec::new();
     let mut failed = None;
-    for journal in store.unfinished()? {
+    let (quick, mut journals): (Vec<_>, Vec<_>) = store.unfinished()?.into_iter().partition(is_quick);
+    // Pulling data may take hours: it keeps nothing else waiting.
+    journals.extend(quick);
+    for journal in journals {
         if store.is_compressing(journal.entry())? {
             continue;
         }
@@ -42,6 +46,7 @@ pub fn run(store: &Store, control: &OpControl<'_>) -> Result<Vec<Recovered>, Bac
             Operation::Release(_) => {
                 locked(store, journal, |journal| release::recover(store, journal, control))
             }
+            Operation::Restore(_) => restoring(store, journal, control),
         };
         match outcome {
             Ok(done) => all.push(Recovered { vm: vm.to_string(), done }),
@@ -57,6 +62,10 @@ pub fn run(store: &Store, control: &OpControl<'_>) -> Result<Vec<Recovered>, Bac
         }
     }
     failed.map_or(Ok(all), Err)
+}
+
+fn is_quick(journal: &Journal) -> bool {
+    matches!(&journal.entry().operation, Operation::Restore(op) if op.mount.is_some())
 }
 
 /// Takes the VM's lock and goes on, unless the operation was finished before the lock was free.
@@ -113,6 +122,16 @@ fn compression(store: &Store, journal: Journal, op: &CompressOp) -> Result<Strin
     compress::recover(store, &vm, op)?;
     journal.finish()?;
     Ok(format!("an interrupted compression of {vm}/{} was ended", op.name))
+}
+
+fn restoring(store: &Store, journal: Journal, control: &OpControl<'_>) -> Result<String, BackupError> {
+    let vm = journal.entry().vm.clone();
+    // A VM that was to be made may not be there yet.
+    let _lock = store.vm_dir(&vm).exists().then(|| store.lock_vm(&vm, "recover")).transpose()?;
+    let Some(journal) = store.unfinished()?.into_iter().find(|j| j.entry().id == journal.entry().id) else {
+        return Ok("it was finished meanwhile".into());
+    };
+    restore::recover(store, journal, control).map_err(|error| BackupError::Restore(Box::new(error)))
 }
 
 fn one(

@@ -32,6 +32,23 @@ pub fn uri() -> &'static str {
     })
 }
 
+/// A second host on this machine, for restores to another one: `KNIBFS_TEST_URI_2`, else one that `scripts/libvirt-start` starts.
+pub fn other_uri() -> &'static str {
+    static URI: OnceLock<String> = OnceLock::new();
+    URI.get_or_init(|| match std::env::var("KNIBFS_TEST_URI_2") {
+        Ok(uri) => uri,
+        Err(_) => second_libvirt(),
+    })
+}
+
+fn second_libvirt() -> String {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("scripts/libvirt-start");
+    let out = std::process::Command::new(path).arg("second").env_remove("KNIBFS_TEST_URI").output().unwrap();
+    let text = String::from_utf8_lossy(&out.stdout).into_owned();
+    let uri = text.lines().find_map(|line| line.strip_prefix("URI="));
+    uri.unwrap_or_else(|| panic!("no second libvirt: {}", String::from_utf8_lossy(&out.stderr))).to_owned()
+}
+
 /// `kvm` where `KNIBFS_ACCEL` says that guests come up with it: a `/dev/kvm` alone is no proof.
 fn domain_type() -> &'static str {
     if std::env::var("KNIBFS_ACCEL").is_ok_and(|a| a == "kvm") { "kvm" } else { "qemu" }
@@ -147,7 +164,7 @@ impl Builder {
             panic!("cannot reach libvirt at {}: {}; start it with scripts/libvirt-start", uri(), e.message())
         });
         let domain = connect.define_domain_xml(&xml).unwrap_or_else(|e| panic!("{}: {xml}", e.message()));
-        Guest { name: self.name, dir: self.dir, loops, connect, domain }
+        Guest { name: self.name, dir: self.dir, loops, uri: uri().to_owned(), connect, domain }
     }
 
     /// Defines and starts it.
@@ -194,6 +211,7 @@ pub struct Guest {
     name: String,
     dir: tempfile::TempDir,
     loops: Vec<PathBuf>,
+    uri: String,
     connect: Connect,
     domain: Domain,
 }
@@ -249,6 +267,19 @@ impl Guest {
         (&self.connect, &self.domain)
     }
 
+    /// The domain of that name on another host is the guest from now on: it was moved there.
+    pub fn follow(&mut self, uri: &str) {
+        let connect = Connect::open(Some(uri)).unwrap();
+        let found = connect.lookup_domain_by_name(&self.name);
+        self.domain = found.unwrap_or_else(|e| panic!("{} is not at {uri}: {}", self.name, e.message()));
+        (self.connect, self.uri) = (connect, uri.to_owned());
+    }
+
+    /// The host that it is on.
+    pub fn uri(&self) -> &str {
+        &self.uri
+    }
+
     /// A path in the guest's folder.
     pub fn path(&self, name: &str) -> PathBuf {
         self.dir.path().join(name)
@@ -260,7 +291,7 @@ impl Guest {
     }
 
     pub fn hypervisor_with(&self, images: Arc<dyn Images>) -> LibvirtDomain {
-        LibvirtDomain::open(uri(), &self.name, images).unwrap().with_program(env!("CARGO_BIN_EXE_knibfs"))
+        LibvirtDomain::open(&self.uri, &self.name, images).unwrap().with_program(env!("CARGO_BIN_EXE_knibfs"))
     }
 
     pub fn start(&self) {

@@ -28,6 +28,9 @@ pub enum BackupError {
         /// Why, and what to do.
         why: String,
     },
+    /// A restore could not be recovered.
+    #[error(transparent)]
+    Restore(Box<crate::ops::restore::RestoreError>),
     /// Stopped because the caller asked.
     #[error("no backup was made; the VM is as it was before")]
     Cancelled,
