@@ -12,7 +12,6 @@ const LONGEST_RUN: u64 = 16 << 20;
 const CLUSTER: u64 = 65536;
 
 /// A disk of a backup.
-#[derive(Clone)]
 pub struct DiskSource {
     disk: VerifiedDisk,
     path: std::path::PathBuf,

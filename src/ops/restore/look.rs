@@ -9,12 +9,12 @@ use super::{Options, RestoreError};
 use crate::chain::restore::{BackupNow, HostNow, Room, VmNow};
 use crate::hypervisor::xml::{self, Fate};
 use crate::hypervisor::{Definition, Guest, Hypervisor, ImageRef, Power};
-use crate::mount::StoreTree;
 use crate::ops::disk_source::DiskSource;
 use crate::ops::hypervisor::{host_trouble, is_block, same_file, target};
 use crate::store::manifest::{Disk, ImageFormat, Manifest};
 use crate::store::vm::{Source, Volume};
 use crate::store::{BackupId, DiskName, Store, StoreError, VmRecord};
+use crate::verified::VerifiedReader;
 
 /// Metadata of a new image: one part in so many of its data, and this many bytes.
 const METADATA_PART: u64 = 1000;
@@ -129,14 +129,14 @@ pub(super) fn users(
 /// The backup, and its disks opened for reading: each file it needs is there and is the right one.
 pub(super) fn backup(
     store: &Store,
-    tree: &StoreTree,
+    reader: &VerifiedReader,
     manifest: &Manifest,
     only: Option<&DiskName>,
 ) -> (BackupNow, Vec<DiskSource>) {
     let mut sources = Vec::new();
     let mut damage = None;
     for disk in manifest.disks.iter().filter(|d| only.is_none_or(|o| d.name == *o)) {
-        match DiskSource::open(store, tree, manifest, &disk.name) {
+        match DiskSource::open(store, reader, manifest, &disk.name) {
             Ok(source) => sources.push(source),
             Err(why) => {
                 damage.get_or_insert(format!("disk {}: {why}", disk.name));

@@ -22,12 +22,13 @@ pub use new_volume::run as new_volume;
 pub use same_vm::run as same_vm;
 
 use super::control::OpControl;
-use super::disk_source::{DiskSource, tree};
+use super::disk_source::DiskSource;
 use crate::failpoint;
 use crate::store::journal::{Journal, Operation, Outcome};
 use crate::store::restore_op::{RestoreDisk, RestoreInto, RestoreOp, RestoreStep};
 use crate::store::vm::VmState;
 use crate::store::{BackupName, DiskName, Manifest, Store, VmName, VmRecord};
+use crate::verified::VerifiedReader;
 
 /// How something is to be restored.
 #[derive(Debug, Clone, Default)]
@@ -316,12 +317,12 @@ pub fn recover(store: &Store, mut journal: Journal, control: &OpControl<'_>) -> 
         }
         control.step(format!("overwriting the devices of {vm} again, from {backup}"));
         let manifest = store.manifest(&planned.of, &planned.name)?;
-        let tree = tree(store, "restore")?;
+        let reader = VerifiedReader::new(store.clone(), "a restore");
         let sources = planned
             .disks
             .iter()
             .map(|disk| {
-                DiskSource::open(store, &tree, &manifest, &disk.from)
+                DiskSource::open(store, &reader, &manifest, &disk.from)
                     .map_err(|why| RestoreError::Read { disk: disk.from.clone(), why })
             })
             .collect::<Result<Vec<_>, _>>()?;

@@ -9,13 +9,13 @@ use crate::hypervisor::HypervisorError;
 use crate::hypervisor::xml::new::{new_domain, remove_disk};
 use crate::hypervisor::xml::{self, Fate};
 use crate::ops::control::OpControl;
-use crate::ops::disk_source::tree;
 use crate::ops::hypervisor::{self, is_block};
 use crate::store::restore_op::{RestoreDisk, RestoreInto, RestoreOp};
 use crate::store::vm::{Source, Tracking, VmState, Volume};
 use crate::store::{
     BackupSpec, Manifest, Store, StoreError, StoreResult, VmId, VmName, VmRecord, VolumeId, atomic,
 };
+use crate::verified::VerifiedReader;
 
 /// Makes the VM `name` of a backup: its definition with another identity, its disks, its firmware's variables. The VM
 /// that the backup is of need not be there any more.
@@ -44,8 +44,8 @@ pub fn run(
     let _lease = store.lease(manifest.id, &format!("restore to the new VM {name}"))?;
     drop(other);
     super::check_options(store, options, &manifest)?;
-    let tree = tree(store, "restore")?;
-    let (backup, sources) = look::backup(store, &tree, &manifest, None);
+    let reader = VerifiedReader::new(store.clone(), "a restore");
+    let (backup, sources) = look::backup(store, &reader, &manifest, None);
     let own = match &manifest.source {
         Source::Domain { uri, .. } => Some(uri.clone()),
         Source::Disks { .. } => None,

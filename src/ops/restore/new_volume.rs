@@ -5,12 +5,12 @@ use crate::chain::restore::{DiskNow, Into, Place, Restore, restore};
 use crate::hypervisor::xml::new::{Likeness, free_target, new_disk, targets};
 use crate::hypervisor::{Guest, ImageRef};
 use crate::ops::control::OpControl;
-use crate::ops::disk_source::tree;
 use crate::ops::hypervisor::{self, is_block, target};
 use crate::store::manifest::{Disk, Manifest};
 use crate::store::restore_op::{RestoreDisk, RestoreInto};
 use crate::store::vm::{Source, VmState, Volume};
 use crate::store::{DiskName, DiskSpec, Store, StoreError, VmName, VmRecord, VolumeId};
+use crate::verified::VerifiedReader;
 
 /// Restores a disk as a new volume of `to`, running or stopped. The VM that the backup is of need not be there any more.
 ///
@@ -47,8 +47,8 @@ pub fn run(
     super::check_options(store, &options, &manifest)?;
     let hypervisor = hypervisor::of(&record)?;
     let guest = hypervisor.inspect()?;
-    let tree = tree(store, "restore")?;
-    let (backup, sources) = look::backup(store, &tree, &manifest, Some(&disk.name));
+    let reader = VerifiedReader::new(store.clone(), "a restore");
+    let (backup, sources) = look::backup(store, &reader, &manifest, Some(&disk.name));
     let wanted = look::wanted(&options, &disk.name);
     let (host, uri) = match &options.host {
         Some(name) => {

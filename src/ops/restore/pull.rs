@@ -13,9 +13,10 @@ use knib_qcow::{
 use super::RestoreError;
 use crate::failpoint;
 use crate::hypervisor::{DiskPlace, Hypervisor, ImageRef, JobControl, JobProgress};
-use crate::ops::disk_source::{DiskSource, tree};
+use crate::ops::disk_source::DiskSource;
 use crate::store::Store;
 use crate::store::restore_op::RestoreOp;
+use crate::verified::VerifiedReader;
 
 /// Bytes that are copied at once.
 const STEP: u64 = 1 << 20;
@@ -57,10 +58,12 @@ pub(super) fn offline(
         ));
     }
     let manifest = store.manifest(&planned.of, &planned.name)?;
-    let tree = tree(store, "restore")?;
-    let source = DiskSource::open(store, &tree, &manifest, &disk.from)
-        .map_err(|why| RestoreError::Read { disk: disk.from.clone(), why })?;
-    copy(&storage, &own, &source, job).map_err(failed)?;
+    let reader = VerifiedReader::new(store.clone(), "a restore");
+    let open = || {
+        DiskSource::open(store, &reader, &manifest, &disk.from)
+            .map_err(|why| RestoreError::Read { disk: disk.from.clone(), why })
+    };
+    copy(&storage, &own, &open()?, Below(open()?), job).map_err(failed)?;
     drop((own, storage));
     failpoint::hit("restore-copied-offline");
     if below.is_some() {
@@ -75,10 +78,10 @@ fn copy(
     storage: &Arc<FileStorage>,
     own: &Chain,
     source: &DiskSource,
+    below: Below,
     job: &JobControl<'_>,
 ) -> knib_qcow::Result<()> {
-    let below: Box<dyn Backing> = Box::new(Below(DiskSource::clone(source)));
-    let mut image = ImageMut::open_over(storage.clone(), &NothingBelow, Some(below))?;
+    let mut image = ImageMut::open_over(storage.clone(), &NothingBelow, Some(Box::new(below)))?;
     let end = source.size().min(image.size());
     let (mut at, mut copied, begun) = (0, 0u64, Instant::now());
     let mut buf = Vec::new();

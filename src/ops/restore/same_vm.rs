@@ -8,12 +8,12 @@ use crate::chain::restore::{Action, DiskNow, Into, Place, Restore, restore};
 use crate::hypervisor::xml::new::{Likeness, free_target, new_disk, targets};
 use crate::hypervisor::{Guest, ImageRef, Power};
 use crate::ops::control::OpControl;
-use crate::ops::disk_source::tree;
 use crate::ops::hypervisor::{self, is_block, target};
 use crate::store::manifest::{Disk, ImageFormat, Manifest};
 use crate::store::restore_op::{RestoreDisk, RestoreInto};
 use crate::store::vm::{Source, VmState, Volume};
 use crate::store::{BackupSpec, DiskName, Store, VmRecord};
+use crate::verified::VerifiedReader;
 
 /// Restores all volumes of a backup to the VM that it is of.
 ///
@@ -41,8 +41,8 @@ pub fn run(
     let _lease = store.lease(manifest.id, &format!("restore of {vm}"))?;
     let hypervisor = hypervisor::of(&record)?;
     let guest = hypervisor.inspect()?;
-    let tree = tree(store, "restore")?;
-    let (backup, sources) = look::backup(store, &tree, &manifest, None);
+    let reader = VerifiedReader::new(store.clone(), "a restore");
+    let (backup, sources) = look::backup(store, &reader, &manifest, None);
 
     let mut found: Vec<Option<Lies>> = Vec::new();
     let mut disks = Vec::new();
