@@ -5,7 +5,7 @@ use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
 
-use crate::header::{self, EXT_BACKING_FORMAT, incompatible};
+use crate::header::{self, EXT_BACKING_FORMAT, EXT_BITMAPS, incompatible};
 use crate::refcount;
 use crate::repair::refuse_corrupt;
 use crate::storage::read_exact;
@@ -16,6 +16,8 @@ use crate::{Access, CompressionType, Error, FileStorage, Format, Header, Result,
 const HEADER_LENGTH: usize = 112;
 /// Longest name of a backing file in bytes.
 const NAME_MAX: usize = 1023;
+/// What a disk writes whole or not at all, in bytes.
+const SECTOR: usize = 512;
 
 /// What an empty image is to be.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -216,7 +218,7 @@ impl Layout {
             }
             append_extension(&mut others, header::EXT_DATA_FILE, name.as_bytes());
         }
-        let backing = new.backing.as_ref().map(|(name, format)| (name.as_str(), *format));
+        let backing = new.backing.as_ref().map(|(name, format)| (name.as_str(), Some(format.name())));
         append_backing(&mut h, others, backing, None, self.cluster_bits, path)?;
         Ok(h)
     }
@@ -236,14 +238,14 @@ fn append_extension(to: &mut Vec<u8>, kind: u32, data: &[u8]) {
 fn append_backing(
     h: &mut Vec<u8>,
     others: Vec<u8>,
-    backing: Option<(&str, Format)>,
+    backing: Option<(&str, Option<&str>)>,
     old_name: Option<Range<usize>>,
     cluster_bits: u32,
     path: &Path,
 ) -> Result<(usize, usize)> {
     let cluster = 1usize << cluster_bits;
-    if let Some((_, format)) = backing {
-        append_extension(h, EXT_BACKING_FORMAT, format.name().as_bytes());
+    if let Some((_, Some(format))) = backing {
+        append_extension(h, EXT_BACKING_FORMAT, format.as_bytes());
     }
     h.extend_from_slice(&others);
     h.extend_from_slice(&[0; 8]);
@@ -330,44 +332,105 @@ pub(crate) fn set_backing_in(
     name: Option<&str>,
     format: Option<Format>,
 ) -> Result<()> {
-    let path = storage.path();
     let header = Header::parse(storage)?;
     refuse_corrupt(storage, &header)?;
-    let backing = match (name, format) {
+    let mut edit = Edit::keep(storage, &header)?;
+    edit.backing = match (name, format) {
         (None, _) => None,
-        (Some(name), Some(format)) => Some((name, format)),
+        (Some(name), Some(format)) => Some((name.to_owned(), Some(format.name().to_owned()))),
         (Some(name), None) => {
             return Err(Error::refused(
-                path,
+                storage.path(),
                 format!("the backing file {name:?} was given without its format, which is never guessed"),
             ));
         }
     };
-    let zero = read_cluster_zero(storage, &header)?;
-    let mut others = Vec::new();
-    for e in extensions(&zero, &header).iter().filter(|e| e.kind != EXT_BACKING_FORMAT) {
-        append_extension(&mut others, e.kind, &zero[e.data.clone()]);
+    edit.write(storage, &header)
+}
+
+/// What cluster 0 is to say, beyond the fields of fixed size.
+pub(crate) struct Edit {
+    zero: Vec<u8>,
+    /// 2 or 3.
+    pub(crate) version: u32,
+    pub(crate) backing: Option<(String, Option<String>)>,
+    /// The bitmaps extension's data.
+    pub(crate) bitmaps: Option<Vec<u8>>,
+    pub(crate) autoclear: u64,
+}
+
+impl Edit {
+    /// What it says now; autoclear bits that are not understood are cleared.
+    pub(crate) fn keep(storage: &dyn Storage, header: &Header) -> Result<Self> {
+        let zero = read_cluster_zero(storage, header)?;
+        let bitmaps = extensions(&zero, header).into_iter().find(|e| e.kind == EXT_BITMAPS);
+        Ok(Self {
+            version: header.version,
+            backing: header.backing.clone().map(|name| (name, header.backing_format.clone())),
+            bitmaps: bitmaps.and_then(|e| zero.get(e.data).map(<[u8]>::to_vec)),
+            autoclear: header.autoclear & header::AUTOCLEAR_KNOWN,
+            zero,
+        })
     }
-    let fixed = header.header_length as usize;
-    let mut h = zero
-        .get(..fixed)
-        .ok_or_else(|| Error::damaged(path, "the header runs past the end of the file"))?
-        .to_vec();
-    if header.version >= 3 {
-        h[88..96].copy_from_slice(&(header.autoclear & 3).to_be_bytes());
+
+    /// Writes it. A new backing file's name is made durable first, where nothing points to it yet; all else goes out in
+    /// one write, of less than a sector where that is possible.
+    pub(crate) fn write(&self, storage: &dyn Storage, header: &Header) -> Result<()> {
+        let path = storage.path();
+        let old_fixed = header.header_length as usize;
+        let mut h = self
+            .zero
+            .get(..old_fixed)
+            .ok_or_else(|| Error::damaged(path, "the header runs past the end of the file"))?
+            .to_vec();
+        match (header.version, self.version) {
+            (2, 3) => {
+                h.resize(HEADER_LENGTH, 0);
+                h[72..].fill(0);
+                h[96..100].copy_from_slice(&4u32.to_be_bytes());
+                h[100..104].copy_from_slice(&(HEADER_LENGTH as u32).to_be_bytes());
+            }
+            (3, 2) => h.truncate(72),
+            _ => {}
+        }
+        h[4..8].copy_from_slice(&self.version.to_be_bytes());
+        if self.version >= 3 {
+            h[88..96].copy_from_slice(&self.autoclear.to_be_bytes());
+        }
+        let found = extensions(&self.zero, header);
+        let kept = |names: bool| {
+            let mut others = Vec::new();
+            if let Some(bitmaps) = &self.bitmaps {
+                append_extension(&mut others, EXT_BITMAPS, bitmaps);
+            }
+            let ours = [EXT_BACKING_FORMAT, EXT_BITMAPS];
+            for e in found.iter().filter(|e| !ours.contains(&e.kind)) {
+                if names || e.kind != header::EXT_FEATURE_NAMES {
+                    append_extension(&mut others, e.kind, &self.zero[e.data.clone()]);
+                }
+            }
+            others
+        };
+        // The table of feature names is for people only: it must not push the rest out of the first sector.
+        let mut others = kept(true);
+        if h.len() + others.len() + 24 > SECTOR {
+            others = kept(false);
+        }
+        let (old_at, old_len) = (header.backing_at.0 as usize, header.backing_at.1 as usize);
+        let old_name = (old_at != 0 && old_len != 0).then(|| old_at..old_at + old_len);
+        let backing = self.backing.as_ref().map(|(name, format)| (name.as_str(), format.as_deref()));
+        let (ext_end, name_at) =
+            append_backing(&mut h, others, backing, old_name.clone(), header.cluster_bits, path)?;
+        let io = |doing: &'static str| move |e| Error::io(path, doing, e);
+        let old_end = found.last().map_or(old_fixed, |e| e.data.end.next_multiple_of(8)) + 8;
+        let apart =
+            name_at >= old_end && old_name.is_none_or(|old| old.end <= name_at || h.len() <= old.start);
+        if apart {
+            storage.write_at(&h[name_at..], name_at as u64).map_err(io("writing the backing file's name"))?;
+            storage.sync().map_err(io("syncing"))?;
+            h.truncate(ext_end);
+        }
+        storage.write_at(&h, 0).map_err(io("writing the header"))?;
+        storage.sync().map_err(io("syncing"))
     }
-    let (old_at, old_len) = (header.backing_at.0 as usize, header.backing_at.1 as usize);
-    let old_name = (old_at != 0 && old_len != 0).then(|| old_at..old_at + old_len);
-    let (ext_end, name_at) =
-        append_backing(&mut h, others, backing, old_name.clone(), header.cluster_bits, path)?;
-    let io = |doing: &'static str| move |e| Error::io(path, doing, e);
-    let old_end = extensions(&zero, &header).last().map_or(fixed, |e| e.data.end.next_multiple_of(8)) + 8;
-    let apart = name_at >= old_end && old_name.is_none_or(|old| old.end <= name_at || h.len() <= old.start);
-    if apart {
-        storage.write_at(&h[name_at..], name_at as u64).map_err(io("writing the backing file's name"))?;
-        storage.sync().map_err(io("syncing"))?;
-        h.truncate(ext_end);
-    }
-    storage.write_at(&h, 0).map_err(io("writing the header"))?;
-    storage.sync().map_err(io("syncing"))
 }

@@ -28,6 +28,8 @@ pub(crate) const AUTOCLEAR_RAW_DATA: u64 = 2;
 /// Autoclear bits that are understood.
 pub(crate) const AUTOCLEAR_KNOWN: u64 = AUTOCLEAR_BITMAPS | AUTOCLEAR_RAW_DATA;
 pub(crate) const EXT_BACKING_FORMAT: u32 = 0xe279_2aca;
+pub(crate) const EXT_BITMAPS: u32 = 0x2385_2875;
+pub(crate) const EXT_FEATURE_NAMES: u32 = 0x6803_f857;
 pub(crate) const EXT_DATA_FILE: u32 = 0x4441_5441;
 const EXT_LUKS: u32 = 0x0537_be77;
 

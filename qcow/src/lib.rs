@@ -1,5 +1,6 @@
 //! A qcow2 engine: reads hostile images and long chains, writes compressed clusters, changes images in place.
 
+mod amend;
 pub mod bitmap;
 pub mod chain;
 mod check;
@@ -27,6 +28,7 @@ mod status;
 mod storage;
 pub mod writer;
 
+pub use amend::{Amend, amend};
 pub use chain::{Chain, Extent, ExtentKind};
 pub use check::{Report, Usage, check};
 pub use codec::Compression;

@@ -217,6 +217,12 @@ pub fn delete(storage: Arc<dyn Storage>, wanted: &str, control: &Control) -> Res
     next.finish().map(|_| ())
 }
 
+/// Writes the table anew, with the size of the disk in every entry.
+pub(crate) fn complete(next: &mut Generation) -> Result<()> {
+    let all = read_table(next.storage(), &next.header)?;
+    put_table(next, &all)
+}
+
 /// Writes the table of snapshots in place of the present one.
 fn put_table(next: &mut Generation, all: &[Snapshot]) -> Result<()> {
     let path = next.path().to_owned();
@@ -230,7 +236,7 @@ fn put_table(next: &mut Generation, all: &[Snapshot]) -> Result<()> {
     let mut bytes = Vec::new();
     for s in all {
         let mut extra = s.extra.clone();
-        if next.header.version >= 3 && extra.len() < 16 {
+        if extra.len() < 16 {
             extra = [s.vm_state_size, s.disk_size].into_iter().flat_map(u64::to_be_bytes).collect();
         }
         bytes.extend(s.l1_offset.to_be_bytes());

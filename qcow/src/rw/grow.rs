@@ -2,14 +2,11 @@
 
 use crate::create::{extensions, read_cluster_zero};
 use crate::entry::OFFSET_MASK;
-use crate::header::{AUTOCLEAR_BITMAPS, AUTOCLEAR_KNOWN, incompatible};
+use crate::header::{AUTOCLEAR_BITMAPS, AUTOCLEAR_KNOWN, EXT_BITMAPS, incompatible};
 use crate::rw::ImageMut;
 use crate::rw::tables::Entry;
 use crate::storage::read_exact;
 use crate::{Error, Header, Result, Storage};
-
-/// The bitmaps extension.
-pub(crate) const EXT_BITMAPS: u32 = 0x2385_2875;
 
 impl Header {
     /// Clusters (by index) of the active L1 table.

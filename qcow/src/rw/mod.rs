@@ -157,6 +157,10 @@ impl ImageMut {
         &self.data
     }
 
+    pub(crate) fn has_backing(&self) -> bool {
+        self.backing.is_some()
+    }
+
     /// The header as it is now.
     pub fn header(&self) -> &Header {
         &self.header

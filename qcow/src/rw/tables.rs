@@ -18,7 +18,7 @@ pub(super) struct Table {
 
 /// An L2 entry.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(super) struct Entry {
+pub(crate) struct Entry {
     pub(super) word: u64,
     /// Subclusters: allocated in the low half, zeros in the high one. 0 where the image has none.
     pub(super) sub: u64,
@@ -35,7 +35,7 @@ impl ImageMut {
     }
 
     /// The L1 entry over a guest cluster.
-    pub(super) fn l1_entry(&self, index: u64) -> Result<u64> {
+    pub(crate) fn l1_entry(&self, index: u64) -> Result<u64> {
         let (number, _) = self.split(index);
         self.l1
             .get(number)
@@ -61,7 +61,7 @@ impl ImageMut {
     }
 
     /// The L2 entry of a guest cluster, 0 where there is no table.
-    pub(super) fn entry(&mut self, index: u64) -> Result<Entry> {
+    pub(crate) fn entry(&mut self, index: u64) -> Result<Entry> {
         let l1 = self.l1_entry(index)?;
         if l1 & OFFSET_MASK == 0 {
             return Ok(Entry::default());
@@ -77,7 +77,7 @@ impl ImageMut {
         })
     }
 
-    pub(super) fn decode(&self, index: u64, entry: Entry) -> Result<L2> {
+    pub(crate) fn decode(&self, index: u64, entry: Entry) -> Result<L2> {
         L2::decode(entry.word, &self.header)
             .map_err(|why| self.damaged(format!("the L2 entry of guest cluster {index}: {why}")))
     }
