@@ -41,6 +41,10 @@ impl BitmapDirectory {
         if count > 65_535 || size > 64 << 20 || !offset.is_multiple_of(header.cluster_size()) {
             return Err(damaged("the bitmap directory's fields are out of range"));
         }
+        let len = storage.len().map_err(|e| Error::io(storage.path(), "asking for the length", e))?;
+        if offset.checked_add(size).is_none_or(|end| end > len) {
+            return Err(damaged("the bitmap directory lies outside the file"));
+        }
         let mut bytes = vec![0u8; size as usize];
         read_exact(storage, &mut bytes, offset, "the bitmap directory")?;
         Ok(Some(Self { count, offset, bytes }))

@@ -68,6 +68,8 @@ pub struct ImageMut {
     l1_dirty: BTreeSet<usize>,
     tables: HashMap<usize, Table>,
     refcounts: Refcounts,
+    /// Length of the file when it was opened, in bytes.
+    file_len: u64,
     /// Clusters that hold metadata: guest data is never written there, whatever an entry says.
     meta: HashSet<u64>,
     /// References to take away once nothing durable makes use of them.
@@ -126,6 +128,7 @@ impl ImageMut {
         read_exact(&*storage, &mut bytes, header.l1_offset, "the L1 table")?;
         let l1: Vec<u64> = bytes.as_chunks::<8>().0.iter().map(|c| u64::from_be_bytes(*c)).collect();
         let refcounts = Refcounts::open(storage.clone(), &header)?;
+        let file_len = storage.len().map_err(|e| Error::io(path, "asking for the length", e))?;
         let mut meta: HashSet<u64> = refcounts.own_clusters().into_iter().collect();
         meta.insert(0);
         meta.extend(header.l1_clusters());
@@ -139,6 +142,7 @@ impl ImageMut {
             l1_dirty: BTreeSet::new(),
             tables: HashMap::new(),
             refcounts,
+            file_len,
             meta,
             frees: Vec::new(),
             packed: None,

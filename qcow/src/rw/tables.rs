@@ -177,6 +177,11 @@ impl ImageMut {
                 "guest cluster {index} lies at {host:#x}, where there is metadata: repair it with `qemu-img check -r all`"
             )));
         }
+        if host >= self.file_len.max(self.refcounts.end().saturating_mul(self.header.cluster_size())) {
+            return Err(
+                self.damaged(format!("guest cluster {index} lies at {host:#x}, past the end of the file"))
+            );
+        }
         Ok(entry.word & COPIED != 0 || self.refcounts.get(cluster)? == 1)
     }
 

@@ -1,6 +1,7 @@
 //! What the tests share: QEMU's tools as oracles, a source of chance, a disk that loses power.
 #![allow(dead_code, missing_docs)]
 
+pub mod exercise;
 pub mod volatile;
 
 use std::path::{Path, PathBuf};
