@@ -121,6 +121,38 @@ fn subclusters_and_external_data_files_read_as_qemu_reads_them() {
 }
 
 #[test]
+fn chains_of_unlike_images_read_as_qemu_reads_them() {
+    let dir = tempfile::tempdir().unwrap();
+    let at = |n: String| -> PathBuf { dir.path().join(n) };
+    let mut below = (at("base.raw".into()), Format::Raw);
+    std::fs::write(&below.0, vec![0x21; 5_000_192]).unwrap();
+    // Clusters and subclusters of all sizes, disks that are shorter and longer than those below them.
+    for (n, (options, size)) in [
+        ("cluster_size=64k", 8_388_608u64),
+        ("cluster_size=512,refcount_bits=1", 8_500_224),
+        ("cluster_size=2M,compression_type=zstd", 8_388_608),
+        ("cluster_size=16k,extended_l2=on", 9_000_448),
+        ("cluster_size=4k,refcount_bits=64,lazy_refcounts=on", 8_400_384),
+        ("compat=0.10", 10_000_384),
+        ("cluster_size=128k,extended_l2=on", 8_388_608),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let path = at(format!("{n}.qcow2"));
+        let (backing, size) = (text(&below.0).to_owned(), size.to_string());
+        let args = ["create", "-q", "-f", "qcow2", "-o", options, "-b", &backing, "-F", below.1.name()];
+        tool("qemu-img", &[&args[..], &[text(&path), &size]].concat());
+        write_pattern(&path, n as u32 * 11);
+        let raw = at("flat.raw".into());
+        flatten(&path, Format::Qcow2, &raw);
+        tool("qemu-img", &["compare", "-f", "qcow2", "-F", "raw", text(&path), text(&raw)]);
+        std::fs::remove_file(raw).unwrap();
+        below = (path, Format::Qcow2);
+    }
+}
+
+#[test]
 fn internal_snapshots_do_not_disturb_what_is_read() {
     let dir = tempfile::tempdir().unwrap();
     let (image, raw) = (dir.path().join("i.qcow2"), dir.path().join("i.raw"));

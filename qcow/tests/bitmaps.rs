@@ -55,7 +55,7 @@ fn bitmaps_of_both_makers_record_what_qemu_writes() {
         quiet(|c| bitmap::clear(open(&path), "fine", c)).unwrap();
         quiet(|c| bitmap::set_enabled(open(&path), "coarse", false, c)).unwrap();
         qemu_io(&path, &["write -P 3 20M 1000"]);
-        assert_eq!(marked(&path, "fine"), [20 << 20..(20 << 20) + 1024]);
+        assert_eq!(marked(&path, "fine"), vec![Range { start: 20 << 20, end: (20 << 20) + 1024 }]);
         assert_eq!(marked(&path, "coarse"), [0..1 << 20, 33 << 20..34 << 20]);
         quiet(|c| bitmap::set_enabled(open(&path), "coarse", true, c)).unwrap();
         qemu_img(&["bitmap", "--clear", s(&path), "coarse"]);
