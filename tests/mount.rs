@@ -278,6 +278,52 @@ fn qemu_reads_an_overlay_on_both_views_past_the_cache_with_every_aio() {
 }
 
 #[test]
+fn the_status_tells_what_was_read_and_what_is_damaged() {
+    let f = Fixture::chain(SIZE, true, &layers()[..1]);
+    let mut bad = fs::read(f.stored(0)).unwrap();
+    bad[CLUSTER as usize + 10] ^= 1; // cluster 0, compressed
+    fs::write(f.stored(0), &bad).unwrap();
+    let _mount = f.mount(&["--cache-size", "32M"]);
+    let status = || fs::read_to_string(f.mnt().join(".knibfs/status")).unwrap();
+    let value = |name: &str| -> u64 {
+        let text = status();
+        let line = text.lines().find(|l| l.strip_prefix(name).is_some_and(|l| l.starts_with([' ', '{'])));
+        line.unwrap_or_else(|| panic!("no {name}: {text}")).rsplit_once(' ').unwrap().1.parse().unwrap()
+    };
+    assert_eq!((value("knibfs_mount_open_files"), value("knibfs_mount_reads_total")), (0, 0));
+    assert_eq!(value("knibfs_mount_cache_limit_bytes"), 32 << 20);
+    let raw = File::open(f.in_mount(0, "root.raw")).unwrap();
+    raw.read_exact_at(&mut [0; 4096], CLUSTER).unwrap();
+    assert!(raw.read_exact_at(&mut [0; 4096], 0).is_err());
+    assert_eq!(value("knibfs_mount_open_files"), 1);
+    assert!(value("knibfs_mount_reads_total") > 0 && value("knibfs_mount_read_bytes_total") >= 4096);
+    assert!(value("knibfs_mount_read_errors_total") > 0);
+    let named = format!("knibfs_mount_damage_total{{file=\"{}\"}}", f.stored(0).display());
+    assert!(status().contains(&named), "{}", status());
+    drop(raw);
+    while value("knibfs_mount_open_files") > 0 {
+        std::thread::yield_now();
+    }
+}
+
+#[test]
+fn mount_by_the_helpers_name_takes_fstabs_options() {
+    let f = Fixture::chain(SIZE, true, &layers()[..1]);
+    let helper = f.dir.path().join("mount.fuse.knibfs");
+    std::os::unix::fs::symlink(env!("CARGO_BIN_EXE_knibfs"), &helper).unwrap();
+    let log = f.dir.path().join("log");
+    let options = format!("rw,nofail,x-systemd.automount,mode=444,cache-size=32M,log-dir={}", log.display());
+    ok(Command::new(&helper).arg(f.store.root()).arg(f.mnt()).args(["-o", &options]));
+    assert!(fs::read(f.in_mount(0, "root.raw")).unwrap() == f.expected(0, 0, SIZE as usize));
+    assert_eq!(fs::metadata(f.in_mount(0, "root.raw")).unwrap().mode() & 0o777, 0o444);
+    f.unmount();
+    let output =
+        Command::new(&helper).arg(f.store.root()).arg(f.mnt()).args(["-o", "colour=red"]).output().unwrap();
+    let message = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(output.status.code() == Some(1) && message.contains("colour=red"), "{message}");
+}
+
+#[test]
 fn the_second_mount_is_refused_and_so_are_places_in_the_store() {
     let f = Fixture::chain(SIZE, true, &layers()[..1]);
     let mnt = f.mnt().display().to_string();

@@ -186,9 +186,11 @@ impl Filesystem for Adapter {
         });
         match opened {
             Ok(file) => {
+                let lasting = file.is_lasting();
                 let handle = self.files.add(file, Holder { pid: process_of(req.pid()), ino });
-                // A node's bytes never change, so the kernel's pages of it stay true.
-                let flags = FopenFlags::FOPEN_KEEP_CACHE | FopenFlags::FOPEN_NOFLUSH;
+                // Where a node's bytes never change, the kernel's pages of it stay true.
+                let cache = if lasting { FopenFlags::FOPEN_KEEP_CACHE } else { FopenFlags::FOPEN_DIRECT_IO };
+                let flags = cache | FopenFlags::FOPEN_NOFLUSH;
                 reply.opened(FileHandle(handle), flags);
             }
             Err(errno) => reply.error(errno),

@@ -101,6 +101,11 @@ pub trait File: Send + Sync {
         self.len() == 0
     }
 
+    /// Whether the node's bytes are the same whenever it is opened: the kernel then keeps what it read.
+    fn is_lasting(&self) -> bool {
+        true
+    }
+
     /// Fills `buf` from `offset`; the range lies within the file. All of it, or an error.
     fn read(&self, offset: u64, buf: &mut [u8]) -> FsResult<()>;
 

@@ -9,6 +9,7 @@ mod img;
 mod init;
 mod list;
 mod mount;
+mod mount_helper;
 mod offering;
 mod operation;
 mod output;
@@ -139,8 +140,16 @@ pub fn run() -> ExitCode {
     if let Some(code) = img::called(&line) {
         return code;
     }
+    let line = match mount_helper::called(&line) {
+        None => line,
+        Some(Ok(line)) => line,
+        Some(Err(message)) => {
+            eprintln!("knibfs: {message}");
+            return ExitCode::from(1);
+        }
+    };
     // Wrong usage ends here, with exit code 2 and clap's own help.
-    let cli = Cli::parse();
+    let cli = Cli::parse_from(line);
     start_log();
     let context = Context { store: cli.store, out: Out::new(cli.json) };
     if let Command::Img(args) = &cli.command {

@@ -7,6 +7,7 @@
 mod access;
 mod life;
 mod node;
+mod status;
 mod text;
 mod tree;
 

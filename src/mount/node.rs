@@ -23,6 +23,8 @@ pub enum Node {
     Damage {
         version: u64,
     },
+    /// `.knibfs/status`; says something else whenever it is opened.
+    Status,
     Vm(VmName),
     Latest(VmName),
     Backup(BackupRef),
@@ -80,6 +82,7 @@ impl Node {
             Self::ById => of_store("by-id", &[]),
             Self::Control => of_store("control", &[]),
             Self::Damage { version } => of_store("damage", &[&version.to_le_bytes()]),
+            Self::Status => of_store("status", &[]),
             Self::Vm(vm) => of_store("vm", &[vm.as_str().as_bytes()]),
             Self::Latest(vm) => of_store("latest", &[vm.as_str().as_bytes()]),
             Self::Backup(of) => of_store("backup", &[of.id.uuid().as_bytes()]),
@@ -115,6 +118,7 @@ mod tests {
             Node::Vms,
             Node::ById,
             Node::Control,
+            Node::Status,
             Node::Vm(of.vm.clone()),
             Node::Latest(of.vm.clone()),
             Node::Backup(of.clone()),
@@ -127,7 +131,7 @@ mod tests {
         ];
         let numbers: std::collections::BTreeSet<u64> = nodes.iter().map(|n| n.ino(store)).collect();
         assert_eq!(numbers.len(), nodes.len());
-        assert_eq!(stored("a").ino(store), nodes[7].ino(store));
+        assert_eq!(stored("a").ino(store), nodes[8].ino(store));
         // The same name with another backup behind it is another node.
         let again = BackupRef { id: BackupId::random(), ..of.clone() };
         assert_ne!(Node::Backup(again).ino(store), Node::Backup(of).ino(store));

@@ -16,6 +16,7 @@ use parking_lot::RwLock;
 
 use super::access::Access;
 use super::node::{BackupRef, Node, TextFile};
+use super::status::{self, Counted, Counters};
 use super::text::Text;
 use crate::store::manifest::Disk;
 use crate::store::sums::fast;
@@ -39,6 +40,7 @@ pub struct StoreTree {
     config: TreeConfig,
     nodes: RwLock<HashMap<u64, Node>>,
     reader: VerifiedReader,
+    counters: Arc<Counters>,
     blocks: Arc<BlockCache>,
     ahead: Arc<ReadAhead>,
     made: SystemTime,
@@ -54,6 +56,7 @@ impl StoreTree {
             blocks: BlockCache::new(config.cache_size),
             ahead: ReadAhead::start()?,
             reader: VerifiedReader::new(store.clone(), &format!("the mount at {}", config.mounted_at)),
+            counters: Arc::default(),
             nodes: RwLock::default(),
             made: SystemTime::now(),
             store,
@@ -63,6 +66,11 @@ impl StoreTree {
 
     fn error(&self, error: &StoreError) -> FsError {
         self.reader.damage().of_store(error)
+    }
+
+    fn status(&self) -> String {
+        let store = self.store.id().to_string();
+        status::text(&self.counters, self.blocks.stats(), &store, self.made, &self.reader.damage().by_file())
     }
 
     fn remember(&self, node: Node) -> Ino {
@@ -178,6 +186,7 @@ impl StoreTree {
                 ".knibfs" => Ok(Node::Control),
                 _ => Err(not_found()),
             },
+            Node::Control if name == "status" => Ok(Node::Status),
             Node::Control if name == "damage" => Ok(Node::Damage { version: self.reader.damage().text().0 }),
             Node::Vms => {
                 let vm = VmName::new(name).map_err(|_| not_found())?;
@@ -237,6 +246,10 @@ impl StoreTree {
                 }
                 attr(NodeKind::File, text.len() as u64, text.len() as u64, self.made, file_mode, false)
             }
+            Node::Status => {
+                let len = self.status().len() as u64;
+                attr(NodeKind::File, len, len, SystemTime::now(), file_mode, false)
+            }
             Node::Latest(vm) => {
                 let latest = self.latest(vm)?.ok_or_else(FsError::stale)?;
                 link(latest.name.as_str().len(), time(latest.taken))
@@ -289,7 +302,10 @@ impl StoreTree {
                 ("by-id".into(), Node::ById),
                 ("vms".into(), Node::Vms),
             ],
-            Node::Control => vec![("damage".into(), Node::Damage { version: self.reader.damage().text().0 })],
+            Node::Control => vec![
+                ("damage".into(), Node::Damage { version: self.reader.damage().text().0 }),
+                ("status".into(), Node::Status),
+            ],
             Node::Vms => {
                 let vms = self.store.vms().map_err(|e| self.error(&e))?;
                 vms.into_iter().map(|vm| (vm.to_string(), Node::Vm(vm))).collect()
@@ -361,7 +377,8 @@ impl Tree for StoreTree {
             Node::Raw { of, disk } => {
                 let lease = self.reader.lease_disk(of.id);
                 let source = Arc::new(self.reader.disk(&self.manifest(&of)?, &disk, lease)?);
-                Ok(Arc::new(BlockFile::new(source, self.blocks.clone(), self.ahead.clone())))
+                let file = BlockFile::new(source, self.blocks.clone(), self.ahead.clone());
+                Ok(Arc::new(Counted::new(file, &self.counters)))
             }
             Node::Stored { of, disk, digest } => {
                 let lease = self.reader.lease_file(of.id);
@@ -369,22 +386,23 @@ impl Tree for StoreTree {
                 if self.disk(&manifest, &disk)?.sums_digest != digest {
                     return Err(FsError::stale());
                 }
-                Ok(Arc::new(self.reader.file(&manifest, &disk, lease)?))
+                Ok(Arc::new(Counted::new(self.reader.file(&manifest, &disk, lease)?, &self.counters)))
             }
             Node::Text { of, file, hash } => {
                 let text = self.read_text(&of, file)?;
                 if text_hash(&text) != hash {
                     return Err(FsError::stale());
                 }
-                Ok(Arc::new(Text(text.into())))
+                Ok(Arc::new(Text::lasting(text)))
             }
             Node::Damage { version } => {
                 let (now, text) = self.reader.damage().text();
                 if now != version {
                     return Err(FsError::stale());
                 }
-                Ok(Arc::new(Text(text.into_bytes().into())))
+                Ok(Arc::new(Text::lasting(text.into_bytes())))
             }
+            Node::Status => Ok(Arc::new(Text::of_the_moment(self.status().into_bytes()))),
             _ => Err(FsError::new(Problem::IsAFolder, "not a file")),
         }
     }
@@ -422,7 +440,9 @@ fn kind_of(node: &Node) -> NodeKind {
             NodeKind::Folder
         }
         Node::Latest(_) | Node::IdLink(_) => NodeKind::Link,
-        Node::Damage { .. } | Node::Stored { .. } | Node::Raw { .. } | Node::Text { .. } => NodeKind::File,
+        Node::Damage { .. } | Node::Status | Node::Stored { .. } | Node::Raw { .. } | Node::Text { .. } => {
+            NodeKind::File
+        }
     }
 }
 

@@ -1,6 +1,7 @@
 //! What was found damaged while the store is mounted: for the log, and for `MNT/.knibfs/damage`.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
+use std::path::Path;
 
 use jiff::Timestamp;
 use knib_fuse::{FsError, Problem};
@@ -18,10 +19,14 @@ pub struct Damage {
 struct Found {
     lines: VecDeque<(Timestamp, String)>,
     version: u64,
+    /// How often each file was found damaged.
+    by_file: BTreeMap<String, u64>,
 }
 
 /// Reasons that are kept.
 const KEPT: usize = 256;
+/// Files that are counted.
+const MOST_FILES: usize = 4096;
 
 impl Damage {
     /// An error for the reader; the reason is kept.
@@ -37,6 +42,22 @@ impl Damage {
         FsError::damage(reason)
     }
 
+    /// As `report`, and counts it for the file.
+    pub fn report_file(&self, file: &Path, reason: String) -> FsError {
+        let mut found = self.found.lock();
+        let name = file.display().to_string();
+        if found.by_file.contains_key(&name) || found.by_file.len() < MOST_FILES {
+            *found.by_file.entry(name).or_default() += 1;
+        }
+        drop(found);
+        self.report(reason)
+    }
+
+    /// The files that were found damaged, and how often.
+    pub fn by_file(&self) -> Vec<(String, u64)> {
+        self.found.lock().by_file.iter().map(|(file, count)| (file.clone(), *count)).collect()
+    }
+
     /// The store's error as the reader's.
     pub fn of_store(&self, error: &StoreError) -> FsError {
         match error {
@@ -47,6 +68,7 @@ impl Damage {
             StoreError::Io { source, .. } if source.kind() == std::io::ErrorKind::PermissionDenied => {
                 FsError::new(Problem::Denied, error.to_string())
             }
+            StoreError::Damaged { path, .. } => self.report_file(path, error.to_string()),
             _ => self.report(error.to_string()),
         }
     }

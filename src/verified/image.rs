@@ -156,7 +156,7 @@ impl StoredImage {
 
     /// An error that names the file; the reason is kept.
     pub fn damaged(&self, what: &str) -> FsError {
-        self.damage.report(StoreError::damaged(&self.path, what).to_string())
+        self.damage.report_file(&self.path, StoreError::damaged(&self.path, what).to_string())
     }
 
     /// The store's error as the reader's.

@@ -1,0 +1,105 @@
+//! `MNT/.knibfs/status`: what the mount has done so far, for a person and for a scraper (Prometheus' text format).
+
+use std::fmt::Write as _;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use knib_fuse::{CacheStats, File, FsResult, Problem};
+
+/// What is counted while the mount is served.
+#[derive(Debug, Default)]
+pub struct Counters {
+    open: AtomicU64,
+    reads: AtomicU64,
+    bytes: AtomicU64,
+    errors: AtomicU64,
+}
+
+/// A file whose reads are counted.
+pub struct Counted<F> {
+    file: F,
+    counters: Arc<Counters>,
+}
+
+impl<F: File> Counted<F> {
+    pub fn new(file: F, counters: &Arc<Counters>) -> Self {
+        counters.open.fetch_add(1, Ordering::Relaxed);
+        Self { file, counters: counters.clone() }
+    }
+}
+
+impl<F> Drop for Counted<F> {
+    fn drop(&mut self) {
+        self.counters.open.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+impl<F: File> File for Counted<F> {
+    fn len(&self) -> u64 {
+        self.file.len()
+    }
+
+    fn read(&self, offset: u64, buf: &mut [u8]) -> FsResult<()> {
+        let result = self.file.read(offset, buf);
+        match &result {
+            Ok(()) => {
+                self.counters.reads.fetch_add(1, Ordering::Relaxed);
+                self.counters.bytes.fetch_add(buf.len() as u64, Ordering::Relaxed);
+            }
+            Err(error) if matches!(error.problem(), Problem::Damage | Problem::Bug) => {
+                self.counters.errors.fetch_add(1, Ordering::Relaxed);
+            }
+            Err(_) => {}
+        }
+        result
+    }
+
+    fn replied(&self) {
+        self.file.replied();
+    }
+
+    fn next_data(&self, offset: u64) -> FsResult<Option<u64>> {
+        self.file.next_data(offset)
+    }
+
+    fn next_hole(&self, offset: u64) -> FsResult<u64> {
+        self.file.next_hole(offset)
+    }
+}
+
+/// The text. `damage` is how often each stored file was found damaged.
+pub fn text(
+    counters: &Counters,
+    cache: CacheStats,
+    store: &str,
+    started: SystemTime,
+    damage: &[(String, u64)],
+) -> String {
+    let count = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+    let started = started.duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs());
+    let mut out = String::new();
+    let mut line = |name: &str, kind: &str, help: &str, values: &[(String, u64)]| {
+        // Writing to a string does not fail.
+        let _ = writeln!(out, "# HELP knibfs_mount_{name} {help}\n# TYPE knibfs_mount_{name} {kind}");
+        for (labels, value) in values {
+            let _ = writeln!(out, "knibfs_mount_{name}{labels} {value}");
+        }
+    };
+    let one = |value: u64| [(String::new(), value)];
+    let info = format!("{{version=\"{}\",store=\"{store}\"}}", env!("CARGO_PKG_VERSION"));
+    line("info", "gauge", "Version of the program and id of the store.", &[(info, 1)]);
+    line("start_time_seconds", "gauge", "When it was mounted.", &one(started));
+    line("open_files", "gauge", "Disks and stored files that are open.", &one(count(&counters.open)));
+    line("reads_total", "counter", "Reads of disks and stored files.", &one(count(&counters.reads)));
+    line("read_bytes_total", "counter", "Bytes of these.", &one(count(&counters.bytes)));
+    line("read_errors_total", "counter", "Reads that were answered with EIO.", &one(count(&counters.errors)));
+    line("cache_bytes", "gauge", "Decoded clusters in memory.", &one(cache.bytes as u64));
+    line("cache_limit_bytes", "gauge", "The most of them.", &one(cache.limit as u64));
+    line("cache_hits_total", "counter", "Clusters found there.", &one(cache.hits));
+    line("cache_misses_total", "counter", "Clusters decoded.", &one(cache.misses));
+    let escaped = |file: &str| file.replace('\\', "\\\\").replace('"', "\\\"").replace('\n', "\\n");
+    let files: Vec<_> = damage.iter().map(|(f, n)| (format!("{{file=\"{}\"}}", escaped(f)), *n)).collect();
+    line("damage_total", "counter", "How often a file was found damaged; .knibfs/damage says how.", &files);
+    out
+}
