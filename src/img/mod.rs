@@ -3,6 +3,8 @@
 
 pub mod create;
 mod failure;
+pub mod fill;
+pub mod flat;
 pub mod name;
 pub mod open;
 pub mod optlist;

@@ -2,6 +2,7 @@
 //! the L1 entries, and only then is anything freed: a cut at any moment leaves at worst leaked clusters.
 
 mod compressed;
+mod empty;
 mod grow;
 pub(crate) use grow::{BitmapDirectory, mark_bitmaps};
 mod preallocate;

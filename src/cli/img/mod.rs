@@ -2,7 +2,9 @@
 //! `qemu-img` to this program stands in for it.
 
 mod check;
+mod commit;
 mod compare;
+mod convert;
 mod create;
 mod info;
 mod json;
@@ -10,6 +12,9 @@ mod map;
 mod measure;
 mod options;
 mod progress;
+mod rebase;
+mod resize;
+mod snapshot;
 
 use std::ffi::{OsStr, OsString};
 use std::io::Write as _;
@@ -35,8 +40,19 @@ struct Command {
     run: fn(&Given) -> Done,
 }
 
-const COMMANDS: &[Command] =
-    &[check::COMMAND, compare::COMMAND, create::COMMAND, info::COMMAND, map::COMMAND, measure::COMMAND];
+const COMMANDS: &[Command] = &[
+    check::COMMAND,
+    commit::COMMAND,
+    compare::COMMAND,
+    convert::COMMAND,
+    create::COMMAND,
+    info::COMMAND,
+    map::COMMAND,
+    measure::COMMAND,
+    rebase::COMMAND,
+    resize::COMMAND,
+    snapshot::COMMAND,
+];
 
 /// What every command takes.
 const COMMON: &[Opt] = &[flag('h', "help", "show this help")];
@@ -108,8 +124,17 @@ fn main(program: &str, line: &[OsString]) -> ExitCode {
     let Some(command) = COMMANDS.iter().find(|c| c.name == name) else {
         return failed(None, &Failure::usage(format!("Command not found: {name}")));
     };
-    let rest: Vec<OsString> = line.cloned().collect();
-    let result = Given::parse(&[command.options, COMMON, REFUSED], &rest).and_then(|given| {
+    let mut rest: Vec<OsString> = line.cloned().collect();
+    // The size may begin with a minus, which makes it no option.
+    let size = (command.name == resize::COMMAND.name).then(|| rest.pop()).flatten();
+    let help = size.as_ref().is_some_and(|s| s == "-h" || s == "--help");
+    rest.extend(size.clone().filter(|_| help));
+    let size = size.filter(|_| !help);
+    let parsed = Given::parse(&[command.options, COMMON, REFUSED], &rest).map(|mut given| {
+        given.words.extend(size);
+        given
+    });
+    let result = parsed.and_then(|given| {
         if given.has("help") {
             return say(&command_help(program, command)).map(|()| 0);
         }
@@ -185,6 +210,14 @@ fn check_cache(given: &Given, option: &str) -> Result<(), Failure> {
         None | Some("none" | "off" | "writeback" | "writethrough" | "directsync" | "unsafe") => Ok(()),
         Some(other) => Err(Failure::new(format!("Invalid cache option: {other}"))),
     }
+}
+
+/// `-r`: bytes a second, `None` for no limit.
+fn rate(given: &Given) -> Result<Option<u64>, Failure> {
+    let Some(text) = given.text("rate")? else { return Ok(None) };
+    let parsed = crate::img::size::parse(text);
+    let rate = parsed.map_err(|_| Failure::new(format!("Invalid rate limit specified: '{text}'.")))?;
+    Ok(Some(rate).filter(|r| *r > 0))
 }
 
 /// Worker threads: as many as there are processors, and at most so many as were asked for (`-m`, 8 if not).
