@@ -7,7 +7,7 @@ use std::time::Instant;
 use crate::chain::ExtentKind;
 use crate::codec::Compressor;
 use crate::create::set_backing_in;
-use crate::rw::{Backing as _, ImageMut};
+use crate::rw::{Backing, ImageMut};
 use crate::{Chain, Compression, Control, Error, Format, Gate, Implicit, Result, Storage};
 
 /// Guest bytes that are compared at once.
@@ -35,7 +35,12 @@ pub fn rebase(
             Some(Chain::from_storage(below, format, gate)?)
         }
     };
-    let mut image = ImageMut::open(storage.clone(), gate)?;
+    let mut image = if old.depth() > 1 {
+        ImageMut::open(storage.clone(), gate)?
+    } else {
+        // Zeros must be said where something will lie below.
+        ImageMut::open_over(storage.clone(), gate, Some(Box::new(Zeros(old.size()))))?
+    };
     let compressor = compression
         .map(|c| Compressor::new(Compression { kind: image.header().compression, ..c }))
         .transpose()
@@ -43,6 +48,19 @@ pub fn rebase(
     Rebase { old: &old, new: new.as_ref(), image: &mut image, compressor, control }.run()?;
     drop(image);
     set_backing_in(&*storage, name.map(|(name, _)| name), name.map(|(_, format)| format))
+}
+
+/// What an image without backing file shows where it says nothing.
+struct Zeros(u64);
+
+impl Backing for Zeros {
+    fn read(&self, buf: &mut [u8], _: u64) -> Result<()> {
+        buf.fill(0);
+        Ok(())
+    }
+    fn size(&self) -> u64 {
+        self.0
+    }
 }
 
 struct Rebase<'a, 'c> {

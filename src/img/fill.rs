@@ -5,7 +5,9 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use knib_qcow::codec::Compressor;
-use knib_qcow::{Compression, Control, Error, FileStorage, Format, ImageMut, LockedPaths, Result, Source, Storage as _};
+use knib_qcow::{
+    Compression, Control, Error, FileStorage, Format, ImageMut, LockedPaths, Result, Source, Storage as _,
+};
 
 /// Guest bytes that are read at once.
 const STEP: u64 = 2 << 20;
@@ -93,7 +95,13 @@ impl Sink {
     }
 
     /// Writes `size` bytes of `source`. Durable on return.
-    pub fn fill<S: Source>(&mut self, source: &S, size: u64, before: Before, control: &Control<'_>) -> Result<()> {
+    pub fn fill<S: Source>(
+        &mut self,
+        source: &S,
+        size: u64,
+        before: Before,
+        control: &Control<'_>,
+    ) -> Result<()> {
         let block = self.block(before.sparse);
         let begun = Instant::now();
         let (mut at, mut moved) = (0, 0u64);
@@ -155,7 +163,8 @@ impl Sink {
         }
         let mut from = 0;
         while from < bytes.len() {
-            let stop = |at: usize| bytes.len().min((((offset + at as u64) / block + 1) * block - offset) as usize);
+            let stop =
+                |at: usize| bytes.len().min((((offset + at as u64) / block + 1) * block - offset) as usize);
             let is_zero = |at: usize| bytes.get(at..stop(at)).is_some_and(|b| b.iter().all(|b| *b == 0));
             let zero = is_zero(from);
             let mut to = stop(from);

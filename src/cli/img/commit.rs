@@ -73,7 +73,9 @@ fn base(image: &Path, wanted: Option<&str>) -> Result<(PathBuf, Format), Failure
     let mut at = image.to_owned();
     for _ in 0..knib_qcow::chain::MAX_DEPTH {
         let opened = open(at.as_os_str(), Some(Format::Qcow2.name()), Mode::Shared)?;
-        let Some((header, backing)) = opened.header()?.and_then(|h| Some((h.clone(), h.backing?))) else { break };
+        let Some((header, backing)) = opened.header()?.and_then(|h| Some((h.clone(), h.backing?))) else {
+            break;
+        };
         let named = header.backing_format.ok_or_else(|| {
             Failure::new(format!(
                 "'{}' names the backing file '{backing}' without its format, which is never guessed: set it with rebase -u -F FORMAT -b {backing}",

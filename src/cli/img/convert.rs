@@ -37,12 +37,22 @@ pub const COMMAND: Command = Command {
         value('f', "source-format", "FMT", "format of the sources: raw or qcow2"),
         value('O', "target-format", "FMT", "format of the output: raw (default) or qcow2"),
         value('o', "target-options", "OPTIONS", "options of the output, as for create (-o help lists them)"),
-        value('B', "backing", "FILENAME", "let the output stand on this image, and hold only what differs from it"),
+        value(
+            'B',
+            "backing",
+            "FILENAME",
+            "let the output stand on this image, and hold only what differs from it",
+        ),
         value('F', "backing-format", "FMT", "format of that image"),
         flag('c', "compress", "compress clusters (qcow2)"),
         flag('n', "no-create", "write into an image that is there"),
         long_flag("target-is-zero", "that image reads as zeros (with -n)"),
-        value('l', "source-snapshot", "SNAPSHOT", "copy this internal snapshot: ID, NAME, or snapshot.id=…,snapshot.name=…"),
+        value(
+            'l',
+            "source-snapshot",
+            "SNAPSHOT",
+            "copy this internal snapshot: ID, NAME, or snapshot.id=…,snapshot.name=…",
+        ),
         value('S', "sparse-size", "SIZE", "leave out so many zeros in a row (4k); 0 writes all of them"),
         value('m', "parallel", "NUM", "at most so many worker threads, 1 to 16 (8)"),
         flag('W', "oob-writes", "accepted; writes are ordered at no cost"),
@@ -117,7 +127,11 @@ fn run(given: &Given) -> Done {
         None => None,
     };
     let progress = Progress::begin(given.has("progress") && !given.has("quiet"));
-    let done = if given.has("no-create") { work.into_existing(layers, &progress) } else { work.into_new(&wanted, layers, &progress) };
+    let done = if given.has("no-create") {
+        work.into_existing(layers, &progress)
+    } else {
+        work.into_new(&wanted, layers, &progress)
+    };
     done?;
     progress.end();
     Ok(0)
@@ -155,11 +169,23 @@ impl Wishes {
         };
         let compress = given.has("compress");
         for (broken, why) in [
-            (given.has("skip-broken-bitmaps") && !given.has("bitmaps"), "Use of --skip-broken-bitmaps requires --bitmaps"),
+            (
+                given.has("skip-broken-bitmaps") && !given.has("bitmaps"),
+                "Use of --skip-broken-bitmaps requires --bitmaps",
+            ),
             (given.has("copy-range-offloading") && compress, "Cannot enable copy offloading when -c is used"),
-            (given.has("copy-range-offloading") && given.has("sparse-size"), "Cannot enable copy offloading when -S is used"),
-            (given.has("target-is-zero") && !given.has("no-create"), "--target-is-zero requires use of -n flag"),
-            (given.has("no-create") && given.has("target-options"), "-o has no effect when skipping image creation"),
+            (
+                given.has("copy-range-offloading") && given.has("sparse-size"),
+                "Cannot enable copy offloading when -S is used",
+            ),
+            (
+                given.has("target-is-zero") && !given.has("no-create"),
+                "--target-is-zero requires use of -n flag",
+            ),
+            (
+                given.has("no-create") && given.has("target-options"),
+                "-o has no effect when skipping image creation",
+            ),
         ] {
             if broken {
                 return Err(Failure::new(why));
@@ -177,7 +203,8 @@ fn chain(opened: &Opened, given: &Given) -> Result<Chain, Failure> {
     match given.text("source-snapshot")? {
         None => opened.chain(&gate),
         Some(wanted) => {
-            let then = snapshots::find(opened, &snapshots::Wanted::parse(wanted))?.view(opened.storage.clone());
+            let then =
+                snapshots::find(opened, &snapshots::Wanted::parse(wanted))?.view(opened.storage.clone());
             Chain::from_storage(then, opened.format, &gate).map_err(|e| opened.wrong(&e))
         }
     }
@@ -191,7 +218,11 @@ fn refuse_bitmaps(given: &Given, format: Format, sources: &[Opened]) -> Result<(
         return Err(Failure::new("Format driver 'raw' does not support bitmaps"));
     }
     for source in sources {
-        let all = if source.format == Format::Raw { Vec::new() } else { knib_qcow::bitmap::list(&*source.storage)? };
+        let all = if source.format == Format::Raw {
+            Vec::new()
+        } else {
+            knib_qcow::bitmap::list(&*source.storage)?
+        };
         let left = all.iter().find(|b| !(b.in_use && given.has("skip-broken-bitmaps")));
         if let Some(bitmap) = left {
             return Err(Failure::new(format!(
@@ -214,7 +245,11 @@ fn layers_above(
 ) -> Result<usize, Failure> {
     let full = name::combine(output, backing);
     drop(open(full.as_ref(), format, Mode::Read).map_err(|f| {
-        Failure::new(format!("Could not open '{}': Could not open backing file: {}", output.display(), f.text))
+        Failure::new(format!(
+            "Could not open '{}': Could not open backing file: {}",
+            output.display(),
+            f.text
+        ))
     })?);
     let id = |path: &Path| std::fs::metadata(path).ok().map(|m| (m.dev(), m.ino()));
     let wanted = id(Path::new(&full));
@@ -258,7 +293,8 @@ impl Work<'_> {
             cancel: &cancel,
             progress: &|done| progress.at(done, self.total),
         };
-        let lost = |offset: u64| warn(&format!("warning: error while reading offset {offset}: zeros are written"));
+        let lost =
+            |offset: u64| warn(&format!("warning: error while reading offset {offset}: zeros are written"));
         let salvage = self.given.has("salvage");
         let done = match (self.chains, layers) {
             ([chain], Some(n)) => to.write(&ChainSource::top(chain, n, cluster), &control),
@@ -280,8 +316,8 @@ impl Work<'_> {
         };
         let plan = wanted.plan().map_err(about)?;
         let cluster = 1u64 << plan.qcow2.cluster_bits;
-        let block_device =
-            std::fs::metadata(self.path).is_ok_and(|m| std::os::unix::fs::FileTypeExt::is_block_device(&m.file_type()));
+        let block_device = std::fs::metadata(self.path)
+            .is_ok_and(|m| std::os::unix::fs::FileTypeExt::is_block_device(&m.file_type()));
         if !block_device && self.wishes.sparse > 0 && is_usual(&plan, self.wishes.compress) {
             let file = target(self.path).map_err(about)?;
             file.set_len(0)?;
@@ -295,8 +331,11 @@ impl Work<'_> {
             return self.with_source(step, layers, progress, Anew { file, new, format: self.format });
         }
         let file = plan.make(self.path).map_err(about)?;
-        let before =
-            Before { zeros: !file.is_block_device() || self.format == Format::Qcow2, backed: layers.is_some(), sparse: self.wishes.sparse };
+        let before = Before {
+            zeros: !file.is_block_device() || self.format == Format::Qcow2,
+            backed: layers.is_some(),
+            sparse: self.wishes.sparse,
+        };
         let sink = Sink::new(file, self.format, self.compression(plan.qcow2.compression))?;
         self.with_source(cluster, layers, progress, Into { sink, size: self.total, before })
     }

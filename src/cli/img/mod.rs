@@ -13,8 +13,8 @@ mod measure;
 mod options;
 mod progress;
 mod rebase;
-mod resize;
-mod snapshot;
+//mod resize;
+//mod snapshot;
 
 use std::ffi::{OsStr, OsString};
 use std::io::Write as _;
@@ -50,8 +50,8 @@ const COMMANDS: &[Command] = &[
     map::COMMAND,
     measure::COMMAND,
     rebase::COMMAND,
-    resize::COMMAND,
-    snapshot::COMMAND,
+    //resize::COMMAND,
+    //snapshot::COMMAND,
 ];
 
 /// What every command takes.
@@ -126,7 +126,7 @@ fn main(program: &str, line: &[OsString]) -> ExitCode {
     };
     let mut rest: Vec<OsString> = line.cloned().collect();
     // The size may begin with a minus, which makes it no option.
-    let size = (command.name == resize::COMMAND.name).then(|| rest.pop()).flatten();
+    let size = (command.name == "resize").then(|| rest.pop()).flatten();
     let help = size.as_ref().is_some_and(|s| s == "-h" || s == "--help");
     rest.extend(size.clone().filter(|_| help));
     let size = size.filter(|_| !help);

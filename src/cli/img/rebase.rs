@@ -43,14 +43,17 @@ fn run(given: &Given) -> Done {
     check_cache(given, "backing-cache")?;
     let backing = backing.filter(|b| !b.is_empty());
     let of = given.text("backing-format")?;
-    let known = of.map(format).transpose().map_err(|_| {
-        Failure::new(format!("Invalid format name: '{}'", of.unwrap_or("")))
-    })?;
+    let known = of
+        .map(format)
+        .transpose()
+        .map_err(|_| Failure::new(format!("Invalid format name: '{}'", of.unwrap_or(""))))?;
     let opened = open(image, given.text("format")?, Mode::Write)?;
     if let Some(text) = opened.warning() {
         warn(&text);
     }
-    let refused = |why: &str| Failure::new(format!("Could not change the backing file to '{}': {why}", backing.unwrap_or("")));
+    let refused = |why: &str| {
+        Failure::new(format!("Could not change the backing file to '{}': {why}", backing.unwrap_or("")))
+    };
     if opened.format == Format::Raw {
         return Err(refused("Operation not supported (a raw image has none)"));
     }
@@ -68,9 +71,10 @@ fn run(given: &Given) -> Done {
     }
     if let Some((file, format)) = new {
         let full = name::combine(&opened.path, file);
-        drop(open(full.as_ref(), Some(format.name()), Mode::Read).map_err(|f| {
-            Failure::new(format!("Could not open new backing file '{file}': {}", f.text))
-        })?);
+        drop(
+            open(full.as_ref(), Some(format.name()), Mode::Read)
+                .map_err(|f| Failure::new(format!("Could not open new backing file '{file}': {}", f.text)))?,
+        );
     }
     let gate = Following::new(false);
     let total = opened.header()?.map_or(0, |h| h.size);
@@ -82,8 +86,10 @@ fn run(given: &Given) -> Done {
         cancel: &cancel,
         progress: &|done| progress.at(done, total),
     };
-    let compression = given.has("compress").then_some(Compression { kind: CompressionType::Deflate, level: LEVEL });
-    knib_qcow::rebase(opened.storage.clone(), new, compression, &gate, &control).map_err(|e| opened.wrong(&e))?;
+    let compression =
+        given.has("compress").then_some(Compression { kind: CompressionType::Deflate, level: LEVEL });
+    knib_qcow::rebase(opened.storage.clone(), new, compression, &gate, &control)
+        .map_err(|e| opened.wrong(&e))?;
     progress.end();
     Ok(0)
 }

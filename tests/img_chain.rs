@@ -1,0 +1,110 @@
+//! `img commit` and `img rebase` leave chains that show what they showed, as `qemu-img` leaves them.
+#![allow(clippy::unwrap_used, clippy::panic, missing_docs)]
+
+mod img_support;
+
+use img_support::{Bench, zoo};
+
+fn allocated(bench: &Bench, image: &str) -> u64 {
+    let check = bench.qemu_img(&["check", "-f", "qcow2", image]);
+    check.lines().find_map(|l| l.split_once('/')?.0.parse().ok()).unwrap_or(0)
+}
+
+#[test]
+fn what_an_overlay_holds_goes_into_its_base() {
+    let bench = Bench::new();
+    zoo(&bench);
+    for (image, base, format, line) in [
+        ("top.qcow2", "over.qcow2", "qcow2", &["commit", "top.qcow2"][..]),
+        ("top.qcow2", "over.qcow2", "qcow2", &["commit", "-q", "-d", "-f", "qcow2", "top.qcow2"]),
+        ("top.qcow2", "plain.qcow2", "qcow2", &["commit", "-b", "plain.qcow2", "top.qcow2"]),
+        ("over.qcow2", "plain.qcow2", "qcow2", &["commit", "-t", "none", "-r", "1G", "over.qcow2"]),
+        ("over_raw.qcow2", "some.raw", "raw", &["commit", "over_raw.qcow2"]),
+    ] {
+        let before = bench.guest("qcow2", image);
+        let (theirs, ours, said) = bench.same_changes(line);
+        assert_eq!(said.code, Some(0), "{line:?}");
+        assert!(ours.guest("qcow2", image) == before, "{line:?}");
+        let (shown, wanted) = (ours.guest(format, base), theirs.guest(format, base));
+        assert!(shown == wanted, "{line:?}: the base shows something else");
+        assert_eq!(allocated(&ours, image), allocated(&theirs, image), "{line:?}: the overlay");
+        if format == "qcow2" {
+            ours.qemu_img(&["check", "-q", base]);
+        }
+    }
+}
+
+#[test]
+fn an_image_shows_the_same_on_another_backing_file() {
+    let bench = Bench::new();
+    zoo(&bench);
+    bench.qemu_img(&["create", "-q", "-f", "qcow2", "other.qcow2", "8M"]);
+    bench.io("qcow2", "other.qcow2", &["write -P 0x55 0 1M", "write -P 1 64k 64k", "write -P 0x56 3M 5M"]);
+    let before = bench.guest("qcow2", "top.qcow2");
+    for line in [
+        &["rebase", "-b", "plain.qcow2", "-F", "qcow2", "top.qcow2"][..],
+        &["rebase", "-b", "other.qcow2", "-F", "qcow2", "top.qcow2"],
+        &["rebase", "-b", "some.raw", "-F", "raw", "-f", "qcow2", "top.qcow2"],
+        &["rebase", "-b", "", "top.qcow2"],
+        &["rebase", "-c", "-q", "-b", "", "top.qcow2"],
+        &["rebase", "-c", "-b", "other.qcow2", "-F", "qcow2", "-t", "none", "-T", "none", "top.qcow2"],
+        &["rebase", "-b", "over.qcow2", "-F", "qcow2", "top.qcow2"],
+        &["rebase", "-b", "plain.qcow2", "-F", "qcow2", "sub.qcow2"],
+        &["rebase", "-b", "other.qcow2", "-F", "qcow2", "v2.qcow2"],
+    ] {
+        let image = *line.last().unwrap();
+        let before = if image == "top.qcow2" { before.clone() } else { bench.guest("qcow2", image) };
+        let (theirs, ours, said) = bench.same_changes(line);
+        assert_eq!(said.code, Some(0), "{line:?}");
+        assert!(ours.guest("qcow2", image) == before, "{line:?}");
+        ours.qemu_img(&["check", "-q", image]);
+        let backing = |b: &Bench| {
+            let info = b.qemu_img(&["info", image]);
+            info.lines().filter(|l| l.starts_with("backing file")).collect::<Vec<_>>().join("\n")
+        };
+        assert_eq!(backing(&ours), backing(&theirs), "{line:?}");
+        assert!(allocated(&ours, image) <= allocated(&theirs, image), "{line:?}: more was copied");
+    }
+}
+
+#[test]
+fn an_unsafe_rebase_changes_the_name_alone() {
+    let bench = Bench::new();
+    zoo(&bench);
+    for line in [
+        &["rebase", "-u", "-b", "missing", "-F", "raw", "top.qcow2"][..],
+        &["rebase", "-u", "-b", "", "top.qcow2"],
+        &["rebase", "-u", "top.qcow2"],
+    ] {
+        let (theirs, ours, said) = bench.same_changes(line);
+        assert_eq!(said.code, Some(0), "{line:?}");
+        let info = |b: &Bench| b.qemu_img(&["info", "--output=json", "top.qcow2"]);
+        let names = |text: &str| text.lines().filter(|l| l.contains("backing")).collect::<String>();
+        assert_eq!(names(&info(&ours)), names(&info(&theirs)), "{line:?}");
+    }
+}
+
+#[test]
+fn wrong_wishes_are_refused_alike() {
+    let bench = Bench::new();
+    zoo(&bench);
+    for line in [
+        &["commit"][..],
+        &["commit", "plain.qcow2"],
+        &["commit", "-f", "raw", "some.raw"],
+        &["commit", "-b", "missing", "top.qcow2"],
+        &["commit", "-b", "some.raw", "top.qcow2"],
+        &["commit", "-r", "x", "top.qcow2"],
+        &["commit", "-t", "nonsense", "top.qcow2"],
+        &["rebase", "top.qcow2"],
+        &["rebase", "-b", "plain.qcow2", "top.qcow2"],
+        &["rebase", "-u", "-b", "missing", "top.qcow2"],
+        &["rebase", "-b", "missing", "-F", "qcow2", "top.qcow2"],
+        &["rebase", "-b", "plain.qcow2", "-F", "nonsense", "top.qcow2"],
+        &["rebase", "-b", "plain.qcow2", "-F", "qcow2", "some.raw"],
+        &["rebase", "-b", "top.qcow2", "-F", "qcow2", "top.qcow2"],
+    ] {
+        let (_, _, said) = bench.same_changes(line);
+        assert_eq!(said.code, Some(1), "{line:?}");
+    }
+}
