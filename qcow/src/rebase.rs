@@ -81,7 +81,8 @@ impl Rebase<'_, '_> {
                 return Err(Error::Cancelled);
             }
             let own = self.old.top_extent_at(1, at)?;
-            if own.kind != ExtentKind::Absent {
+            // Without a backing file the chain itself says that nobody says anything.
+            if !matches!(own.kind, ExtentKind::Absent | ExtentKind::Zero { layer: None }) {
                 at += own.len;
                 continue;
             }

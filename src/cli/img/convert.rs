@@ -128,9 +128,9 @@ fn run(given: &Given) -> Done {
     };
     let progress = Progress::begin(given.has("progress") && !given.has("quiet"));
     let done = if given.has("no-create") {
-        work.into_existing(layers, &progress)
+        work.write_existing(layers, &progress)
     } else {
-        work.into_new(&wanted, layers, &progress)
+        work.make_new(&wanted, layers, &progress)
     };
     done?;
     progress.end();
@@ -309,7 +309,7 @@ impl Work<'_> {
         done.map_err(Failure::from)
     }
 
-    fn into_new(&self, wanted: &Wanted, layers: Option<usize>, progress: &Progress) -> Result<(), Failure> {
+    fn make_new(&self, wanted: &Wanted, layers: Option<usize>, progress: &Progress) -> Result<(), Failure> {
         let about = |f: Failure| {
             let output = self.output.to_string_lossy();
             Failure::new(format!("{output}: error while converting {}: {}", self.format.name(), f.text))
@@ -340,7 +340,7 @@ impl Work<'_> {
         self.with_source(cluster, layers, progress, Into { sink, size: self.total, before })
     }
 
-    fn into_existing(&self, layers: Option<usize>, progress: &Progress) -> Result<(), Failure> {
+    fn write_existing(&self, layers: Option<usize>, progress: &Progress) -> Result<(), Failure> {
         let of = self.format.name();
         let there = open(self.output, Some(of), Mode::Write)?;
         let kind = there.header()?.map_or(CompressionType::Deflate, |h| h.compression);
