@@ -137,4 +137,69 @@ impl ImageMut {
         }
         self.flush()
     }
+//! Options of an image that is there. Source: the qcow2 specification, "Header".
+
+use std::sync::Arc;
+
+use crate::create::{read_cluster_zero, rewrite};
+use crate::header::incompatible;
+use crate::{Error, Format, Header, Result, Storage};
+
+/// Compatible feature bit of lazy refcounts.
+const LAZY_REFCOUNTS: u64 = 1;
+/// Length of a version 3 header, compression type included, in bytes.
+const HEADER_LENGTH: usize = 112;
+
+/// Makes an image of version 2 (`compat=0.10`) one of version 3; nothing is done to one that is. Durable on return.
+pub fn upgrade(storage: &Arc<dyn Storage>) -> Result<()> {
+    let header = Header::parse(&**storage)?;
+    if header.version >= 3 {
+        return Ok(());
+    }
+    let path = storage.path();
+    let backing = match (&header.backing, header.backing_format.as_deref()) {
+        (None, _) => None,
+        (Some(name), of) => {
+            let format = of.and_then(Format::from_name).ok_or_else(|| {
+                Error::refused(
+                    path,
+                    format!(
+                        "it names the backing file {name:?} without its format (raw or qcow2): set that first"
+                    ),
+                )
+            })?;
+            Some((name.as_str(), format))
+        }
+    };
+    let zero = read_cluster_zero(&**storage, &header)?;
+    let mut h = zero
+        .get(..header.header_length as usize)
+        .ok_or_else(|| Error::damaged(path, "the header runs past the end of the file"))?
+        .to_vec();
+    h.resize(HEADER_LENGTH, 0);
+    h[4..8].copy_from_slice(&3u32.to_be_bytes());
+    h[96..100].copy_from_slice(&header.refcount_order.to_be_bytes());
+    h[100..104].copy_from_slice(&(HEADER_LENGTH as u32).to_be_bytes());
+    rewrite(&**storage, &header, &zero, h, backing)
+}
+
+/// Says whether writers may leave refcounts for later. Version 3 only; a dirty image must be repaired before it stops.
+/// Durable on return.
+pub fn set_lazy_refcounts(storage: &Arc<dyn Storage>, lazy: bool) -> Result<()> {
+    let header = Header::parse(&**storage)?;
+    let path = storage.path();
+    if header.version < 3 {
+        return if lazy {
+            Err(Error::unsupported(path, "lazy refcounts need version 3 (compat=1.1)"))
+        } else {
+            Ok(())
+        };
+    }
+    if !lazy && header.incompatible & incompatible::DIRTY != 0 {
+        return Err(Error::unsupported(path, "it is dirty: repair it first with `check -r all`"));
+    }
+    let bits = if lazy { header.compatible | LAZY_REFCOUNTS } else { header.compatible & !LAZY_REFCOUNTS };
+    let io = |doing: &'static str| move |e| Error::io(path, doing, e);
+    storage.write_at(&bits.to_be_bytes(), 80).map_err(io("writing the header"))?;
+    storage.sync().map_err(io("syncing"))
 }

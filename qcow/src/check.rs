@@ -25,6 +25,8 @@ pub struct Report {
     pub corruptions: u64,
     /// Clusters whose refcount is higher than what uses them: lost space only.
     pub leaks: u64,
+    /// Those of the corruptions that are copied flags, which may be wrong for a refcount's sake alone.
+    pub flags: u64,
     /// The first of them in words, at most 100.
     pub messages: Vec<String>,
     /// How the clusters of the disk are laid out.
@@ -295,6 +297,7 @@ impl<'a> Check<'a> {
         if flag != (count == 1) {
             let flag = if flag { "set" } else { "clear" };
             self.flags += 1;
+            self.report.flags += 1;
             self.report.corrupt(format!(
                 "{what} at {offset:#x}: the copied flag is {flag}, its refcount is {count}"
             ));

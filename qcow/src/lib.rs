@@ -120,6 +120,7 @@ mod storage;
 pub mod writer;
 
 pub use amend::{Amend, amend};
+pub use amend::{set_lazy_refcounts, upgrade};
 pub use chain::{Chain, Extent, ExtentKind};
 pub use check::{Report, Usage, check};
 pub use codec::Compression;
@@ -132,9 +133,9 @@ pub use gate::{Gate, Implicit, LockedPaths, NoImplicit, PlainPaths};
 pub use header::{CompressionType, Format, Header};
 pub use image::Image;
 pub use lock::{Locking, check_unused};
+pub use rebase::rebase;
 pub use repair::{Repair, Repaired, repair};
 pub use resize::resize;
-pub use rebase::rebase;
 pub use rw::{Backing, ImageMut, Preallocation};
 pub use status::{Layers, Status};
 pub use storage::{Access, FileStorage, Storage};

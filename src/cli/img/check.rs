@@ -2,7 +2,7 @@
 
 use std::sync::atomic::AtomicBool;
 
-use knib_qcow::{Control, Format, Image, Report};
+use knib_qcow::{Control, Format, Image, Repair, Report};
 
 use super::json::Json;
 use super::options::{Given, flag, value};
@@ -24,6 +24,12 @@ pub const COMMAND: Command = Command {
     options: &[
         value('f', "format", "FMT", "format of the image: raw or qcow2"),
         flag('q', "quiet", "print errors only"),
+        value(
+            'r',
+            "repair",
+            "leaks|all",
+            "give back lost space, or repair all that refcounts and flags allow",
+        ),
         value('T', "cache", "CACHE_MODE", "accepted; reads go through the page cache"),
         flag('U', "force-share", "read though another process may write"),
         Output::OPTION,
@@ -36,23 +42,59 @@ fn run(given: &Given) -> Done {
     let output = Output::of(given)?;
     check_cache(given, "cache")?;
     let share = given.has("force-share");
-    let opened = open(name, given.text("format")?, Mode::reading(share))?;
+    let repair = match given.text("repair")? {
+        None => None,
+        Some("leaks") => Some(Repair::Leaks),
+        Some("all") => Some(Repair::All),
+        Some(other) => {
+            return Err(Failure::usage(format!("--repair (-r) expects 'leaks' or 'all' not '{other}'")));
+        }
+    };
+    if repair.is_some() && share {
+        let name = name.to_string_lossy();
+        return Err(Failure::new(format!(
+            "Could not open '{name}': force-share=on can only be used with read-only images"
+        )));
+    }
+    let mode = if repair.is_some() { Mode::Write } else { Mode::reading(share) };
+    let opened = open(name, given.text("format")?, mode)?;
     if opened.format == Format::Raw {
         return Err(Failure::new("This image format does not support checks").with_code(NO_CHECKS));
     }
-    let image = Image::open(opened.storage.clone(), &Following::new(share)).map_err(|e| opened.wrong(&e))?;
     let cancel = AtomicBool::new(false);
     let control = Control { threads: 1, rate_limit: None, cancel: &cancel, progress: &|_| {} };
-    let report = knib_qcow::check(&image, &control)?;
+    let (report, fixed) = match repair {
+        None => {
+            let gate = Following::new(share);
+            let image = Image::open(opened.storage.clone(), &gate).map_err(|e| opened.wrong(&e))?;
+            (knib_qcow::check(&image, &control)?, None)
+        }
+        Some(what) => {
+            let repaired = knib_qcow::repair(opened.storage.clone(), what, &control)?;
+            for message in &repaired.before.messages {
+                warn(message);
+            }
+            let fixed = Fixed::of(&repaired.before, &repaired.after);
+            (repaired.after, Some(fixed).filter(|f| f.leaks > 0 || f.corruptions > 0))
+        }
+    };
     for message in &report.messages {
         warn(message);
     }
     if !given.has("quiet") {
         match output {
-            Output::Human => say(&human(&report))?,
+            Output::Human => {
+                if let Some(fixed) = &fixed {
+                    say(&format!(
+                        "The following inconsistencies were found and repaired:\n\n    {} leaked clusters\n    {} corruptions\n\nDouble checking the fixed image now...\n",
+                        fixed.leaks, fixed.corruptions
+                    ))?;
+                }
+                say(&human(&report))?;
+            }
             Output::Json => {
                 let file = opened.path.to_string_lossy();
-                say(&format!("{}\n", json(&file, &report).pretty()))?;
+                say(&format!("{}\n", json(&file, &report, fixed.as_ref()).pretty()))?;
             }
         }
     }
@@ -63,6 +105,24 @@ fn run(given: &Given) -> Done {
     } else {
         0
     })
+}
+
+/// What a repair put right, counted as QEMU counts it.
+struct Fixed {
+    leaks: u64,
+    corruptions: u64,
+}
+
+impl Fixed {
+    fn of(before: &Report, after: &Report) -> Self {
+        let leaks = before.leaks.saturating_sub(after.leaks);
+        let mut corruptions = before.corruptions.saturating_sub(after.corruptions);
+        // A flag that was wrong because of its refcount is right once that is.
+        if leaks > 0 || corruptions > before.flags {
+            corruptions = corruptions.saturating_sub(before.flags);
+        }
+        Self { leaks, corruptions }
+    }
 }
 
 #[allow(clippy::cast_precision_loss)] // two digits are shown
@@ -101,7 +161,7 @@ fn human(report: &Report) -> String {
     text
 }
 
-fn json(file: &str, report: &Report) -> Json {
+fn json(file: &str, report: &Report, fixed: Option<&Fixed>) -> Json {
     let usage = &report.usage;
     let mut members =
         vec![("filename", file.into()), ("format", "qcow2".into()), ("check-errors", 0u64.into())];
@@ -109,6 +169,8 @@ fn json(file: &str, report: &Report) -> Json {
         ("image-end-offset", usage.end_offset),
         ("corruptions", report.corruptions),
         ("leaks", report.leaks),
+        ("corruptions-fixed", fixed.map_or(0, |f| f.corruptions)),
+        ("leaks-fixed", fixed.map_or(0, |f| f.leaks)),
         ("total-clusters", usage.total),
         ("allocated-clusters", usage.allocated),
         ("fragmented-clusters", usage.fragmented),

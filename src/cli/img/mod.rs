@@ -1,6 +1,7 @@
 //! `knibfs img`: the commands of `qemu-img` for raw and qcow2, with its options, output and exit codes. A link named
 //! `qemu-img` to this program stands in for it.
 
+mod amend;
 mod check;
 mod commit;
 mod compare;
@@ -13,8 +14,8 @@ mod measure;
 mod options;
 mod progress;
 mod rebase;
-//mod resize;
-//mod snapshot;
+mod resize;
+mod snapshot;
 
 use std::ffi::{OsStr, OsString};
 use std::io::Write as _;
@@ -41,6 +42,7 @@ struct Command {
 }
 
 const COMMANDS: &[Command] = &[
+    amend::COMMAND,
     check::COMMAND,
     commit::COMMAND,
     compare::COMMAND,
@@ -50,8 +52,8 @@ const COMMANDS: &[Command] = &[
     map::COMMAND,
     measure::COMMAND,
     rebase::COMMAND,
-    //resize::COMMAND,
-    //snapshot::COMMAND,
+    resize::COMMAND,
+    snapshot::COMMAND,
 ];
 
 /// What every command takes.
@@ -126,7 +128,7 @@ fn main(program: &str, line: &[OsString]) -> ExitCode {
     };
     let mut rest: Vec<OsString> = line.cloned().collect();
     // The size may begin with a minus, which makes it no option.
-    let size = (command.name == "resize").then(|| rest.pop()).flatten();
+    let size = (command.name == resize::COMMAND.name).then(|| rest.pop()).flatten();
     let help = size.as_ref().is_some_and(|s| s == "-h" || s == "--help");
     rest.extend(size.clone().filter(|_| help));
     let size = size.filter(|_| !help);

@@ -17,7 +17,11 @@ pub const COMMAND: Command = Command {
     options: &[
         value('f', "format", "FMT", "format of the image: raw or qcow2"),
         long_flag("shrink", "make it smaller, and lose what lies past its new end"),
-        long_value("preallocation", "PREALLOC", "off, metadata, falloc or full: what is reserved for the new part"),
+        long_value(
+            "preallocation",
+            "PREALLOC",
+            "off, metadata, falloc or full: what is reserved for the new part",
+        ),
         flag('q', "quiet", "print errors only"),
     ],
     run,
@@ -40,7 +44,9 @@ fn run(given: &Given) -> Done {
     })?;
     let reserve = given.text("preallocation")?;
     let reserve = reserve
-        .map(|text| preallocation(text).map_err(|_| Failure::new(format!("Invalid preallocation mode '{text}'"))))
+        .map(|text| {
+            preallocation(text).map_err(|_| Failure::new(format!("Invalid preallocation mode '{text}'")))
+        })
         .transpose()?
         .unwrap_or_default();
     let opened = open(image, given.text("format")?, Mode::Write)?;

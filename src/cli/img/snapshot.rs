@@ -63,7 +63,13 @@ fn run(given: &Given) -> Done {
     let done = match action {
         "create" => snapshot::create(storage, wanted, &control).map(|_| ()),
         "apply" => snapshot::apply(storage, wanted, &control),
-        _ => snapshot::delete(storage, wanted, &control),
+        // Deleted by name alone, the first of those that have it.
+        _ => {
+            let all = snapshot::list(&*storage).map_err(|e| opened.wrong(&e))?;
+            let found = all.iter().find(|s| s.name == wanted);
+            let found = found.ok_or_else(|| refused("snapshot not found".into()))?;
+            snapshot::delete(storage, &found.id, &control)
+        }
     };
     done.map_err(|e| refused(e.to_string()))?;
     Ok(0)

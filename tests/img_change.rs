@@ -1,0 +1,218 @@
+//! `img check -r`, `resize`, `snapshot` and `amend` change images as `qemu-img` does.
+#![allow(clippy::unwrap_used, clippy::panic, missing_docs)]
+
+mod img_support;
+
+use std::os::unix::fs::FileExt as _;
+
+use img_support::{Bench, zoo};
+
+fn size_of(bench: &Bench, image: &str) -> String {
+    let info = bench.qemu_img(&["info", image]);
+    info.lines().find(|l| l.starts_with("virtual size")).unwrap().to_owned()
+}
+
+#[test]
+fn damaged_refcounts_are_repaired_and_told_alike() {
+    let bench = Bench::new();
+    bench.qemu_img(&["create", "-q", "-f", "qcow2", "base.qcow2", "4M"]);
+    bench.io("qcow2", "base.qcow2", &["write -P 1 0 1M"]);
+    let wanted = bench.guest("qcow2", "base.qcow2");
+    let base = std::fs::read(bench.path("base.qcow2")).unwrap();
+    let word = |at: usize| u64::from_be_bytes(base[at..at + 8].try_into().unwrap());
+    let block = word(word(48) as usize) as usize;
+    let l2 = (word(word(40) as usize) & 0x00ff_ffff_ffff_fe00) as usize;
+    for (name, at, bytes, how) in [
+        ("nothing", block + 12, &[0, 1][..], &["leaks", "all"][..]),
+        ("a leak", block + 12, &[0, 2], &["leaks", "all"]),
+        ("a copied flag that is missing", l2, &[0], &["all"]),
+    ] {
+        std::fs::copy(bench.path("base.qcow2"), bench.path("hurt.qcow2")).unwrap();
+        let file = std::fs::OpenOptions::new().write(true).open(bench.path("hurt.qcow2")).unwrap();
+        file.write_all_at(bytes, at as u64).unwrap();
+        drop(file);
+        for how in how {
+            for more in [&[][..], &["--output=json"], &["-q"]] {
+                let mut line = vec!["check", "-r", how, "hurt.qcow2"];
+                line.extend(more);
+                let (_, ours, said) = bench.same_changes(&line);
+                assert_eq!(said.code, Some(0), "{name}: {line:?}");
+                ours.qemu_img(&["check", "-q", "hurt.qcow2"]);
+                assert!(ours.guest("qcow2", "hurt.qcow2") == wanted, "{name}: {line:?}");
+            }
+        }
+    }
+    // Refcounts rebuilt from nothing lie elsewhere than QEMU's, so only the outcome is compared.
+    for at in [block, block + 12] {
+        std::fs::copy(bench.path("base.qcow2"), bench.path("hurt.qcow2")).unwrap();
+        let file = std::fs::OpenOptions::new().write(true).open(bench.path("hurt.qcow2")).unwrap();
+        file.write_all_at(&[0, 0], at as u64).unwrap();
+        drop(file);
+        let text = bench.img(&["check", "-r", "all", "hurt.qcow2"]);
+        assert!(text.contains("    0 leaked clusters\n    1 corruptions\n"), "{text}");
+        bench.qemu_img(&["check", "-q", "hurt.qcow2"]);
+        assert!(bench.guest("qcow2", "hurt.qcow2") == wanted);
+    }
+}
+
+#[test]
+fn disks_grow_and_shrink_alike() {
+    let bench = Bench::new();
+    zoo(&bench);
+    for (image, format, size) in [
+        ("plain.qcow2", "qcow2", "8M"),
+        ("plain.qcow2", "qcow2", "+1M"),
+        ("plain.qcow2", "qcow2", "+0"),
+        ("plain.qcow2", "qcow2", "-2M"),
+        ("plain.qcow2", "qcow2", "512"),
+        ("v2.qcow2", "qcow2", "5M"),
+        ("odd.qcow2", "qcow2", "2M"),
+        ("sub.qcow2", "qcow2", "200k"),
+        ("over.qcow2", "qcow2", "7M"),
+        ("top.qcow2", "qcow2", "5M"),
+        ("external.qcow2", "qcow2", "5M"),
+        ("zstd.qcow2", "qcow2", "64k"),
+        ("some.raw", "raw", "4M"),
+        ("some.raw", "raw", "-1M"),
+        ("unaligned.raw", "raw", "5001"),
+    ] {
+        let (theirs, ours, said) = bench.same_changes(&["resize", "--shrink", "-f", format, image, size]);
+        assert_eq!(said.code, Some(0), "{image} {size}");
+        assert_eq!(size_of(&ours, image), size_of(&theirs, image), "{image} {size}");
+        assert!(ours.guest(format, image) == theirs.guest(format, image), "{image} {size}");
+        if format == "qcow2" {
+            ours.qemu_img(&["check", "-q", image]);
+        }
+    }
+    for how in ["metadata", "falloc", "full"] {
+        let line = ["resize", "-q", "--preallocation", how, "plain.qcow2", "6M"];
+        let (theirs, ours, said) = bench.same_changes(&line);
+        assert_eq!(said.code, Some(0), "{how}");
+        assert!(ours.guest("qcow2", "plain.qcow2") == theirs.guest("qcow2", "plain.qcow2"), "{how}");
+        ours.qemu_img(&["check", "-q", "plain.qcow2"]);
+    }
+}
+
+/// The list of snapshots without their dates.
+fn listed(bench: &Bench, image: &str) -> Vec<String> {
+    let text = bench.qemu_img(&["snapshot", "-l", image]);
+    text.lines().skip(2).map(|l| l.split_whitespace().take(3).collect::<Vec<_>>().join(" ")).collect()
+}
+
+#[test]
+fn snapshots_are_made_applied_and_deleted_alike() {
+    let bench = Bench::new();
+    zoo(&bench);
+    bench.same(&["snapshot", "states.qcow2"]);
+    bench.same(&["snapshot", "-l", "plain.qcow2"]);
+    bench.same(&["snapshot", "-l", "-U", "some.raw"]);
+    for (image, line) in [
+        ("states.qcow2", &["snapshot", "-c", "new", "states.qcow2"][..]),
+        ("states.qcow2", &["snapshot", "-a", "first", "states.qcow2"]),
+        ("states.qcow2", &["snapshot", "-a", "1", "states.qcow2"]),
+        ("states.qcow2", &["snapshot", "-d", "first", "states.qcow2"]),
+        ("states.qcow2", &["snapshot", "-q", "-d", "1", "-f", "qcow2", "states.qcow2"]),
+        ("v2.qcow2", &["snapshot", "-c", "old", "v2.qcow2"]),
+        ("sub.qcow2", &["snapshot", "-c", "sub", "sub.qcow2"]),
+        ("zstd.qcow2", &["snapshot", "-c", "packed", "zstd.qcow2"]),
+        ("top.qcow2", &["snapshot", "-c", "over", "top.qcow2"]),
+    ] {
+        let (theirs, ours, said) = bench.same_changes(line);
+        assert_eq!(said.code, Some(0), "{line:?}");
+        assert_eq!(listed(&ours, image), listed(&theirs, image), "{line:?}");
+        ours.qemu_img(&["check", "-q", image]);
+        assert!(ours.guest("qcow2", image) == theirs.guest("qcow2", image), "{line:?}");
+        // What is written now does not reach the snapshots.
+        ours.io("qcow2", image, &["write -P 0x66 0 256k"]);
+        ours.qemu_img(&["check", "-q", image]);
+        for snapshot in listed(&ours, image) {
+            let id = snapshot.split(' ').next().unwrap();
+            let of = |b: &Bench| {
+                b.qemu_img(&["convert", "-l", &format!("snapshot.id={id}"), "-O", "raw", image, "then"]);
+                std::fs::read(b.path("then")).unwrap()
+            };
+            assert!(of(&ours) == of(&theirs), "{line:?}: snapshot {id}");
+        }
+    }
+}
+
+#[test]
+fn options_are_amended_alike() {
+    let bench = Bench::new();
+    zoo(&bench);
+    bench.qemu_img(&[
+        "create",
+        "-q",
+        "-f",
+        "qcow2",
+        "-o",
+        "compat=0.10",
+        "-b",
+        "v2.qcow2",
+        "-F",
+        "qcow2",
+        "old.qcow2",
+    ]);
+    for (image, options) in [
+        ("v2.qcow2", "compat=1.1"),
+        ("old.qcow2", "compat=v3,lazy_refcounts=on"),
+        ("plain.qcow2", "lazy_refcounts=on"),
+        ("big.qcow2", "lazy_refcounts=off"),
+        ("plain.qcow2", "size=9M,refcount_bits=16"),
+        ("v2.qcow2", "compat=0.10"),
+    ] {
+        let (theirs, ours, said) = bench.same_changes(&["amend", "-o", options, image]);
+        assert_eq!(said.code, Some(0), "{image} {options}");
+        let facts = |b: &Bench| {
+            let info = b.qemu_img(&["info", image]);
+            info.lines()
+                .filter(|l| !l.contains("disk size") && !l.contains("file length"))
+                .collect::<String>()
+        };
+        assert_eq!(facts(&ours), facts(&theirs), "{image} {options}");
+        assert!(ours.guest("qcow2", image) == theirs.guest("qcow2", image), "{image} {options}");
+        ours.qemu_img(&["check", "-q", image]);
+    }
+}
+
+#[test]
+fn wrong_wishes_are_refused_alike() {
+    let bench = Bench::new();
+    zoo(&bench);
+    for line in [
+        &["check", "-r", "nonsense", "plain.qcow2"][..],
+        &["check", "-r", "all", "-U", "plain.qcow2"],
+        &["check", "-r", "all", "missing"],
+        &["resize", "plain.qcow2"],
+        &["resize", "plain.qcow2", "x"],
+        &["resize", "plain.qcow2", "1M"],
+        &["resize", "plain.qcow2", "-1M"],
+        &["resize", "--shrink", "plain.qcow2", "-9M"],
+        &["resize", "plain.qcow2", "4194305"],
+        &["resize", "--preallocation=nonsense", "plain.qcow2", "8M"],
+        &["resize", "--preallocation=full", "--shrink", "plain.qcow2", "1M"],
+        &["resize", "--preallocation=metadata", "-f", "raw", "some.raw", "8M"],
+        &["resize", "missing", "1M"],
+        &["snapshot"],
+        &["snapshot", "-l", "-c", "x", "plain.qcow2"],
+        &["snapshot", "-U", "-c", "x", "plain.qcow2"],
+        &["snapshot", "-c", "x", "some.raw"],
+        &["snapshot", "-c", "x", "external.qcow2"],
+        &["snapshot", "-a", "nonsense", "states.qcow2"],
+        &["snapshot", "-d", "nonsense", "states.qcow2"],
+        &["snapshot", "-d", "2", "states.qcow2"],
+        &["amend", "plain.qcow2"],
+        &["amend", "-o", "nonsense=1", "plain.qcow2"],
+        &["amend", "-o", "cluster_size=4k", "plain.qcow2"],
+        &["amend", "-o", "lazy_refcounts=on", "some.raw"],
+        &["amend", "-o", "lazy_refcounts=on", "v2.qcow2"],
+        &["amend", "-o", "backing_file=v2.qcow2", "plain.qcow2"],
+    ] {
+        let (_, ours, said) = bench.same_changes(line);
+        assert_eq!(said.code, Some(1), "{line:?}");
+        for image in ["plain.qcow2", "states.qcow2", "v2.qcow2"] {
+            let read = |b: &Bench| std::fs::read(b.path(image)).unwrap();
+            assert!(read(&ours) == read(&bench), "{line:?} changed {image}");
+        }
+    }
+}
