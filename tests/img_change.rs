@@ -106,10 +106,16 @@ fn snapshots_are_made_applied_and_deleted_alike() {
     bench.same(&["snapshot", "states.qcow2"]);
     bench.same(&["snapshot", "-l", "plain.qcow2"]);
     bench.same(&["snapshot", "-l", "-U", "some.raw"]);
+    bench.qemu_img(&["create", "-q", "-f", "qcow2", "two.qcow2", "2M"]);
+    bench.io("qcow2", "two.qcow2", &["write -P 1 0 128k"]);
+    bench.qemu_img(&["snapshot", "-c", "first", "two.qcow2"]);
+    bench.io("qcow2", "two.qcow2", &["write -P 2 64k 128k"]);
+    bench.qemu_img(&["snapshot", "-c", "1", "two.qcow2"]);
+    bench.io("qcow2", "two.qcow2", &["write -P 3 1M 64k"]);
     for (image, line) in [
         ("states.qcow2", &["snapshot", "-c", "new", "states.qcow2"][..]),
-        ("states.qcow2", &["snapshot", "-a", "first", "states.qcow2"]),
-        ("states.qcow2", &["snapshot", "-a", "1", "states.qcow2"]),
+        ("two.qcow2", &["snapshot", "-a", "first", "two.qcow2"]),
+        ("two.qcow2", &["snapshot", "-a", "1", "two.qcow2"]),
         ("states.qcow2", &["snapshot", "-d", "first", "states.qcow2"]),
         ("states.qcow2", &["snapshot", "-q", "-d", "1", "-f", "qcow2", "states.qcow2"]),
         ("v2.qcow2", &["snapshot", "-c", "old", "v2.qcow2"]),
@@ -199,6 +205,7 @@ fn wrong_wishes_are_refused_alike() {
         &["snapshot", "-c", "x", "some.raw"],
         &["snapshot", "-c", "x", "external.qcow2"],
         &["snapshot", "-a", "nonsense", "states.qcow2"],
+        &["snapshot", "-a", "first", "states.qcow2"],
         &["snapshot", "-d", "nonsense", "states.qcow2"],
         &["snapshot", "-d", "2", "states.qcow2"],
         &["amend", "plain.qcow2"],

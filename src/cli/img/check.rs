@@ -70,7 +70,11 @@ fn run(given: &Given) -> Done {
             (knib_qcow::check(&image, &control)?, None)
         }
         Some(what) => {
-            let repaired = knib_qcow::repair(opened.storage.clone(), what, &control)?;
+            // What only needs space given back keeps its refcounts where they are.
+            let mut repaired = knib_qcow::repair(opened.storage.clone(), Repair::Leaks, &control)?;
+            if what == Repair::All && repaired.after.corruptions > 0 {
+                repaired.after = knib_qcow::repair(opened.storage.clone(), what, &control)?.after;
+            }
             for message in &repaired.before.messages {
                 warn(message);
             }

@@ -2,7 +2,7 @@
 
 use std::sync::atomic::AtomicBool;
 
-use knib_qcow::{Control, Format, snapshot};
+use knib_qcow::{Control, Format, bitmap, snapshot};
 
 use super::info::snapshot_table;
 use super::options::{Given, flag, value};
@@ -60,6 +60,11 @@ fn run(given: &Given) -> Done {
     let cancel = AtomicBool::new(false);
     let control = Control { threads: threads(None), rate_limit: None, cancel: &cancel, progress: &|_| {} };
     let storage = opened.storage.clone();
+    if action == "apply" && !bitmap::list(&*storage).map_err(|e| opened.wrong(&e))?.is_empty() {
+        return Err(refused(
+            "it has persistent bitmaps, which would no longer be true: remove them first".into(),
+        ));
+    }
     let done = match action {
         "create" => snapshot::create(storage, wanted, &control).map(|_| ()),
         "apply" => snapshot::apply(storage, wanted, &control),
