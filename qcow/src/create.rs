@@ -433,43 +433,4 @@ impl Edit {
         storage.write_at(&h, 0).map_err(io("writing the header"))?;
         storage.sync().map_err(io("syncing"))
     }
-    let zero = read_cluster_zero(storage, &header)?;
-    let fixed = zero
-        .get(..header.header_length as usize)
-        .ok_or_else(|| Error::damaged(path, "the header runs past the end of the file"))?
-        .to_vec();
-    rewrite(storage, &header, &zero, fixed, backing)
-}
-
-/// Writes `h`, the fixed part of a header, with the extensions that are there and this backing file.
-pub(crate) fn rewrite(
-    storage: &dyn Storage,
-    header: &Header,
-    zero: &[u8],
-    mut h: Vec<u8>,
-    backing: Option<(&str, Format)>,
-) -> Result<()> {
-    let path = storage.path();
-    let fixed = header.header_length as usize;
-    let mut others = Vec::new();
-    for e in extensions(zero, header).iter().filter(|e| e.kind != EXT_BACKING_FORMAT) {
-        append_extension(&mut others, e.kind, &zero[e.data.clone()]);
-    }
-    if header.version >= 3 {
-        h[88..96].copy_from_slice(&(header.autoclear & 3).to_be_bytes());
-    }
-    let (old_at, old_len) = (header.backing_at.0 as usize, header.backing_at.1 as usize);
-    let old_name = (old_at != 0 && old_len != 0).then(|| old_at..old_at + old_len);
-    let (ext_end, name_at) =
-        append_backing(&mut h, others, backing, old_name.clone(), header.cluster_bits, path)?;
-    let io = |doing: &'static str| move |e| Error::io(path, doing, e);
-    let old_end = extensions(zero, header).last().map_or(fixed, |e| e.data.end.next_multiple_of(8)) + 8;
-    let apart = name_at >= old_end && old_name.is_none_or(|old| old.end <= name_at || h.len() <= old.start);
-    if apart {
-        storage.write_at(&h[name_at..], name_at as u64).map_err(io("writing the backing file's name"))?;
-        storage.sync().map_err(io("syncing"))?;
-        h.truncate(ext_end);
-    }
-    storage.write_at(&h, 0).map_err(io("writing the header"))?;
-    storage.sync().map_err(io("syncing"))
 }

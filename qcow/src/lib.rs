@@ -120,7 +120,6 @@ mod storage;
 pub mod writer;
 
 pub use amend::{Amend, amend};
-pub use amend::{set_lazy_refcounts, upgrade};
 pub use chain::{Chain, Extent, ExtentKind};
 pub use check::{Report, Usage, check};
 pub use codec::Compression;

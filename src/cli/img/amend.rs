@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
-use knib_qcow::{Control, Format, Preallocation, Storage};
+use knib_qcow::{Amend, Control, Format, Preallocation, Storage};
 
 use super::options::{Given, flag, long_flag, value};
 use super::progress::Progress;
@@ -25,7 +25,7 @@ pub const COMMAND: Command = Command {
     about: "Change the options of an image",
     usage: "-o OPTIONS [OPTIONS] FILENAME",
     options: &[
-        value('o', "options", "OPTIONS", "compat, lazy_refcounts, size (-o help lists them)"),
+        value('o', "options", "OPTIONS", "compat, lazy_refcounts, refcount_bits, size (-o help lists them)"),
         value('f', "format", "FMT", "format of the image: qcow2"),
         value('t', "cache", "CACHE", "accepted; what is written is durable at the end"),
         long_flag("force", "accepted; nothing here is unsafe"),
@@ -54,27 +54,24 @@ fn run(given: &Given) -> Done {
     };
     let wanted = Wanted::parse(Format::Qcow2, &lists)?;
     // Everything is looked at before anything is changed.
-    let mut version = header.version;
+    let (mut version, mut order) = (header.version, None);
     for key in wanted.keys() {
         let text = wanted.get(key).unwrap_or("");
         match key {
             "compat" => match text {
                 "v3" | "1.1" => version = 3,
-                "v2" | "0.10" if header.version == 2 => {}
-                "v2" | "0.10" => {
-                    return Err(Failure::new(
-                        "an image of version 3 is not made one of version 2 in place: use convert -o compat=0.10",
-                    ));
-                }
+                "v2" | "0.10" => version = 2,
                 other => return Err(Failure::new(format!("Unknown compatibility level {other}"))),
             },
             "lazy_refcounts" | "size" => {}
-            "refcount_bits" if text.parse() == Ok(1u64 << header.refcount_order) => {}
             "refcount_bits" => {
-                return Err(Failure::new(format!(
-                    "refcounts of {} bits are not made others in place: use convert -o refcount_bits={text}",
-                    1u64 << header.refcount_order
-                )));
+                let bits: u64 = text.parse().unwrap_or(0);
+                if !bits.is_power_of_two() || bits > 64 {
+                    return Err(Failure::new(
+                        "Refcount width must be a power of two and may not exceed 64 bits",
+                    ));
+                }
+                order = Some(bits.trailing_zeros());
             }
             "backing_file" | "backing_fmt" => {
                 return Err(Failure::new("Cannot amend the backing file\nYou can use 'rebase' instead."));
@@ -97,17 +94,16 @@ fn run(given: &Given) -> Done {
     }
     let progress = Progress::begin(given.has("progress") && !given.has("quiet"));
     let storage: Arc<dyn Storage> = opened.storage.clone();
-    if version > header.version {
-        knib_qcow::upgrade(&storage)?;
-    }
-    if let Some(lazy) = lazy {
-        knib_qcow::set_lazy_refcounts(&storage, lazy)?;
+    let cancel = AtomicBool::new(false);
+    let control = Control { threads: threads(None), rate_limit: None, cancel: &cancel, progress: &|_| {} };
+    let gate = Following::new(false);
+    let changed = version != header.version || lazy.is_some() || order.is_some();
+    if changed {
+        let what = Amend { version: Some(version), lazy_refcounts: lazy, refcount_order: order };
+        knib_qcow::amend(storage.clone(), &gate, &what, &control)?;
     }
     if let Some(size) = wanted.bytes("size") {
-        let cancel = AtomicBool::new(false);
-        let control =
-            Control { threads: threads(None), rate_limit: None, cancel: &cancel, progress: &|_| {} };
-        knib_qcow::resize(storage, &Following::new(false), size, true, Preallocation::Off, &control)?;
+        knib_qcow::resize(storage, &gate, size, true, Preallocation::Off, &control)?;
     }
     progress.end();
     Ok(0)
