@@ -301,7 +301,10 @@ impl World {
         }
         let backup = which.get(&self.model.backups).clone();
         let before = self.store.manifest(&self.vm, &backup.name).unwrap();
-        let refused = self.setup.write_once || before.compression == CompressionState::Compressed;
+        // A hidden backup is kept for its children only.
+        let refused = self.setup.write_once
+            || before.compression == CompressionState::Compressed
+            || before.state != BackupState::BackedUp;
         match kill {
             None => {
                 let done = quietly(|control| compress::run(&self.store, &self.vm, &backup.name, control));
