@@ -1,28 +1,43 @@
 //! Backups of plain disk files: full, incremental, by scan and by overlay, judged by `qemu-img`.
 #![allow(missing_docs, clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
+mod common;
+
+use std::ops::Deref;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use serde_json::Value;
+use common::failpoints::{self, List};
+use common::killed::Seen;
+use common::lab::{Lab as Program, tool};
 
 struct Lab {
     dir: tempfile::TempDir,
+    program: Program,
+}
+
+impl Deref for Lab {
+    type Target = Program;
+
+    fn deref(&self) -> &Program {
+        &self.program
+    }
 }
 
 impl Lab {
+    /// A store without a VM.
+    fn empty() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        Self { program: Program::at(dir.path()).init(), dir }
+    }
+
     /// A store and a VM `web1` with one disk of 16 MiB, the first MiB written.
     fn new(format: &str, track: &str) -> Self {
-        let lab = Self { dir: tempfile::tempdir().unwrap() };
-        lab.ok(&["init", lab.path("store").to_str().unwrap()]);
+        let lab = Self::empty();
         tool("qemu-img", &["create", "-q", "-f", format, lab.disk().to_str().unwrap(), "16M"]);
         lab.write(format, "write -P 1 0 1M");
         lab.ok(&["vm", "add", "web1", "--track", track, "--disk", &format!("root={}", lab.disk().display())]);
         lab
-    }
-
-    fn path(&self, name: &str) -> PathBuf {
-        self.dir.path().join(name)
     }
 
     fn disk(&self) -> PathBuf {
@@ -31,33 +46,6 @@ impl Lab {
 
     fn write(&self, format: &str, command: &str) {
         tool("qemu-io", &["-f", format, "-c", command, self.disk().to_str().unwrap()]);
-    }
-
-    fn command(&self, arguments: &[&str]) -> Command {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_knibfs"));
-        command
-            .args(arguments)
-            .env("KNIBFS_STORE", self.path("store"))
-            .env("KNIBFS_STATE_DIR", self.path("state"));
-        command
-    }
-
-    fn ok(&self, arguments: &[&str]) -> String {
-        let output = self.command(arguments).output().unwrap();
-        let errors = String::from_utf8_lossy(&output.stderr);
-        assert_eq!(output.status.code(), Some(0), "{arguments:?}: {errors}");
-        String::from_utf8(output.stdout).unwrap().trim().to_owned()
-    }
-
-    /// Takes a backup; its folder in the store.
-    fn backup(&self, more: &[&str]) -> PathBuf {
-        let name = self.ok(&[&["backup", "web1"], more].concat());
-        let (vm, backup) = name.split_once('/').unwrap();
-        self.path("store").join("vms").join(vm).join(backup)
-    }
-
-    fn manifest(&self, backup: &Path) -> Value {
-        serde_json::from_slice(&std::fs::read(backup.join("manifest.json")).unwrap()).unwrap()
     }
 
     /// The backup's file is sound and shows what the disk shows.
@@ -85,15 +73,37 @@ impl Lab {
     }
 }
 
-fn tool(program: &str, arguments: &[&str]) -> String {
-    let output = Command::new(program)
-        .args(arguments)
-        .output()
-        .unwrap_or_else(|e| panic!("cannot run {program}: {e}; install qemu-utils (scripts/install-deps)"));
-    let both = [output.stdout, output.stderr].concat();
-    let said = String::from_utf8_lossy(&both).into_owned();
-    assert!(output.status.success() && !said.contains("failed"), "{program} {arguments:?}: {said}");
-    said
+/// The lines that the manual gives for the day when there is no knibfs, each as it stands there.
+#[test]
+fn a_chain_is_restored_without_knibfs_as_the_manual_says() {
+    let lab = Lab::new("qcow2", "scan");
+    lab.backup(&[]);
+    lab.write("qcow2", "write -P 2 512k 2M");
+    let backup = lab.backup(&[]);
+    let disk = lab.keep("qcow2", "then.raw");
+    lab.write("qcow2", "write -P 3 0 1M");
+    lab.backup(&[]);
+    let manual = include_str!("../docs/OPERATING.md");
+    let chapter = manual.split("## Without knibfs\n").nth(1).unwrap();
+    let vms = backup.parent().unwrap().to_str().unwrap();
+    let mut lines = chapter.split("```").nth(1).unwrap().to_owned();
+    for (example, here) in [
+        ("/backups/store/vms/web1", vms),
+        ("2026-11-23T22-32-42Z", backup.file_name().unwrap().to_str().unwrap()),
+        ("vda.qcow2", "root.qcow2"),
+        ("/images/", &format!("{}/", lab.dir.path().display())),
+    ] {
+        assert!(lines.contains(example), "{example}: {lines}");
+        lines = lines.replace(example, here);
+    }
+    tool("sh", &["-euc", &format!("PATH=/usr/bin:/bin; {lines}")]);
+    for made in ["web1.qcow2", "try.qcow2"] {
+        let made = lab.path(made);
+        tool(
+            "qemu-img",
+            &["compare", "-q", "-f", "raw", "-F", "qcow2", disk.to_str().unwrap(), made.to_str().unwrap()],
+        );
+    }
 }
 
 fn full_then_incremental(format: &str, track: &str) {
@@ -181,10 +191,8 @@ fn a_failed_copy_is_undone() {
     // Larger than the largest file that the process may write, so that the copy fails.
     let line = format!("trap '' XFSZ; ulimit -f 2048; exec '{}' backup web1", env!("CARGO_BIN_EXE_knibfs"));
     let mut command = Command::new("bash");
-    command
-        .args(["-c", &line])
-        .env("KNIBFS_STORE", lab.path("store"))
-        .env("KNIBFS_STATE_DIR", lab.path("state"));
+    command.args(["-c", &line]);
+    lab.environment(&mut command);
     let output = command.output().unwrap();
     let said = String::from_utf8_lossy(&output.stderr);
     assert_eq!(output.status.code(), Some(1), "{said}");
@@ -201,8 +209,8 @@ fn a_failed_copy_is_undone() {
 }
 
 /// Kills a backup at every place where a crash is foreseen; `recover` brings each to an end.
-fn killed_anywhere(format: &str, track: &str) {
-    let mut number = 1;
+fn killed_anywhere(list: List, format: &str, track: &str) {
+    let (mut number, mut seen) = (1, Seen::default());
     loop {
         let lab = Lab::new(format, track);
         lab.backup(&[]);
@@ -211,6 +219,7 @@ fn killed_anywhere(format: &str, track: &str) {
         let killed =
             lab.command(&["backup", "web1"]).env("KNIBFS_FAILPOINT", format!("#{number}")).output().unwrap();
         let said = String::from_utf8_lossy(&killed.stderr).into_owned();
+        seen.note(&killed);
         lab.ok(&["recover"]);
         let (disk, copy) = (lab.disk(), copy.to_str().unwrap());
         tool("qemu-img", &["compare", "-q", "-f", format, "-F", "raw", disk.to_str().unwrap(), copy]);
@@ -224,23 +233,22 @@ fn killed_anywhere(format: &str, track: &str) {
         }
         number += 1;
     }
-    assert!(number > 5, "only {number} places were tried");
+    seen.assert_all(list);
 }
 
 #[test]
 fn a_scan_that_is_killed_anywhere_is_recovered() {
-    killed_anywhere("raw", "scan");
+    killed_anywhere(failpoints::BACKUP_SCAN, "raw", "scan");
 }
 
 #[test]
 fn an_overlay_backup_that_is_killed_anywhere_is_recovered() {
-    killed_anywhere("qcow2", "overlay");
+    killed_anywhere(failpoints::BACKUP_OVERLAY, "qcow2", "overlay");
 }
 
 #[test]
 fn a_backup_is_compressed_before_it_returns_where_the_offering_says_so() {
-    let lab = Lab { dir: tempfile::tempdir().unwrap() };
-    lab.ok(&["init", lab.path("store").to_str().unwrap()]);
+    let lab = Lab::empty();
     lab.ok(&["offering", "create", "daily", "--compress"]);
     tool("qemu-img", &["create", "-q", "-f", "raw", lab.disk().to_str().unwrap(), "16M"]);
     lab.write("raw", "write -P 1 0 4M");

@@ -8,7 +8,9 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use common::guest::{Disk, Guest, uri};
+use common::lab::Lab;
 use common::qemu_images::{has_pattern, qemu_img, qemu_io};
+use common::sound::assert_sound;
 use serde_json::Value;
 
 struct Program<'a> {
@@ -84,6 +86,7 @@ fn a_running_guest_is_backed_up_and_leaves_one_delta() {
     guest.sh("head -c 65536 /dev/zero | tr '\\0' B | dd of=/dev/vda bs=65536 seek=4 conv=notrunc; sync");
     let incremental = program.backup(&[]);
     assert_eq!((program.deltas(), program.chain("vda").len()), (2, 2));
+    assert_sound(&Lab::at(guest.dir()), &[&guest], "two backups of a guest that runs");
 
     for (backup, kind) in [(&full, "full"), (&incremental, "incremental")] {
         assert_eq!(program.manifest(backup)["disks"][0]["kind"], kind);

@@ -79,6 +79,9 @@ fn disks_that_could_not_be_backed_up_are_refused() {
     let program = Program::new();
     fs::create_dir(program.path("folder")).unwrap();
     std::os::unix::fs::symlink("root.raw", program.path("link.raw")).unwrap();
+    for other in ["vmdk", "vdi", "vhdx", "vpc", "qed"] {
+        program.qemu_img(&["create", "-q", "-f", other, &format!("disk.{other}"), "4M"]);
+    }
     let twice = ["--disk", "a=root.raw", "--disk", "a=folder"];
     for (arguments, words) in [
         (&["--disk", "root=nowhere.raw"][..], "there is no such file"),
@@ -86,6 +89,11 @@ fn disks_that_could_not_be_backed_up_are_refused() {
         (&twice, "give each its own"),
         (&["--disk", "a=root.raw", "--disk", "b=link.raw"], "the same file as the disk a"),
         (&["--disk", "a=store/knibfs.toml"], "it lies in the store"),
+        (&["--disk", "a=disk.vmdk"], "it is a VMDK image"),
+        (&["--disk", "a=disk.vdi"], "it is a VDI image"),
+        (&["--disk", "a=disk.vhdx"], "it is a VHDX image"),
+        (&["--disk", "a=disk.vpc"], "it is a VPC image"),
+        (&["--disk", "a=disk.qed"], "it is a QED image"),
         (&["--disk", "a=root.raw", "--track", "overlay"], "use `--track scan`"),
         (&["--disk", "a=root.raw", "--exclude-disk", "b"], "no such disk; it has a"),
         (&["--disk", "a=root.raw", "--offering", "gold"], "there is no offering"),

@@ -1,12 +1,15 @@
 //! Compressing stored backups: same content, smaller files, children as before, and no half of it after a kill.
 #![allow(missing_docs, clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
+mod common;
 mod mounted_store;
 
 use std::fs;
 use std::path::Path;
 use std::process::Command;
 
+use common::failpoints;
+use common::killed::Seen;
 use knibfs::store::Manifest;
 use knibfs::store::manifest::CompressionState;
 use mounted_store::{CLUSTER, Fixture, Layer, Shape, command};
@@ -98,7 +101,7 @@ fn a_damaged_backup_stays_as_it_is() {
 
 #[test]
 fn killed_anywhere_it_is_the_old_or_the_new_backup() {
-    let mut ends = (0, 0);
+    let (mut ends, mut seen) = ((0, 0), Seen::default());
     for kill_at in 1.. {
         let fixture = chain();
         let state = fixture.dir.path().join("log");
@@ -110,6 +113,7 @@ fn killed_anywhere_it_is_the_old_or_the_new_backup() {
         if said.status.success() {
             break;
         }
+        seen.note(&said);
         let recovered = fixture.knibfs(&["recover"]);
         assert!(recovered.status.success(), "{}", String::from_utf8_lossy(&recovered.stderr));
         assert_whole(&fixture);
@@ -123,4 +127,5 @@ fn killed_anywhere_it_is_the_old_or_the_new_backup() {
         assert_eq!(left.iter().find(hidden), None, "killed at {kill_at}");
     }
     assert!(ends.0 > 3 && ends.1 > 1, "{ends:?}");
+    seen.assert_all(failpoints::COMPRESS);
 }

@@ -51,6 +51,7 @@ fn an_image_shows_the_same_on_another_backing_file() {
         &["rebase", "-b", "over.qcow2", "-F", "qcow2", "top.qcow2"],
         &["rebase", "-b", "plain.qcow2", "-F", "qcow2", "sub.qcow2"],
         &["rebase", "-b", "other.qcow2", "-F", "qcow2", "v2.qcow2"],
+        &["rebase", "-b", "other.qcow2", "-F", "qcow2", "external.qcow2"],
     ] {
         let image = *line.last().unwrap();
         let before = if image == "top.qcow2" { before.clone() } else { bench.guest("qcow2", image) };

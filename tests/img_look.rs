@@ -69,7 +69,11 @@ fn what_is_not_supported_is_said_in_a_sentence() {
     bench.qemu_img(&["create", "-q", "-f", "qcow2", "a.qcow2", "1M"]);
     for (line, word) in [
         (&["info", "a.vmdk"][..], "VMDK"),
-        (&["info", "--image-opts", "driver=qcow2,file.filename=a.qcow2"], "--image-opts"),
+        (&["info", "--image-opts", "driver=qcow2,file.driver=nbd,file.host=h"], "nbd"),
+        (
+            &["info", "--image-opts", "driver=qcow2,file.filename=a.qcow2,backing.driver=raw"],
+            "backing.driver",
+        ),
         (&["info", "--object", "secret,id=s,data=x", "a.qcow2"], "--object"),
         (&["info", "json:{}"], "json"),
     ] {
@@ -77,6 +81,61 @@ fn what_is_not_supported_is_said_in_a_sentence() {
         assert_eq!((said.code, said.stdout.as_str()), (Some(1), ""), "{line:?}");
         assert!(errors.contains(word) && errors.contains("supported"), "{line:?}: {errors}");
     }
+}
+
+#[test]
+fn images_are_named_by_options_too() {
+    let bench = Bench::new();
+    zoo(&bench);
+    let (plain, raw) = ("driver=qcow2,file.driver=file,file.filename=plain.qcow2", "file.filename=some.raw");
+    let shared = format!("{plain},force-share=on");
+    for line in [
+        &["info", plain][..],
+        &["info", &shared],
+        &["info", "--output=json", "-U", raw],
+        &["check", plain],
+        &["map", "driver=raw,file.filename=some.raw"],
+        &["snapshot", "-l", "driver=qcow2,file.filename=states.qcow2"],
+        &["measure", "-O", "qcow2", plain],
+        &["compare", plain, "driver=raw,file.filename=some.raw"],
+        &["compare", plain, plain],
+        // What does not go together.
+        &["info", "-f", "qcow2", plain],
+        &["compare", "-f", "qcow2", plain, plain],
+        &["info", "plain.qcow2"],
+        &["info", "driver=qcow2"],
+        &["info", "driver=nonsense,file.filename=plain.qcow2"],
+        &["info", "driver=qcow2,file.filename=plain.qcow2,nonsense=on"],
+        &["info", "driver=qcow2,file.filename=missing"],
+        &["create", "-f", "qcow2", "driver=qcow2,file.filename=new", "1M"],
+    ] {
+        let line: Vec<&str> = [&line[..1], &["--image-opts"], &line[1..]].concat();
+        bench.same(&line);
+    }
+    for (line, image, format) in [
+        (&["resize", "--image-opts", plain, "9M"][..], "plain.qcow2", "qcow2"),
+        (&["bitmap", "--image-opts", "--add", plain, "b"], "plain.qcow2", "qcow2"),
+        (&["amend", "--image-opts", "-o", "lazy_refcounts=on", plain], "plain.qcow2", "qcow2"),
+        (&["commit", "--image-opts", "driver=qcow2,file.filename=top.qcow2"], "over.qcow2", "qcow2"),
+        (&["convert", "--image-opts", "-O", "qcow2", plain, "new.qcow2"], "new.qcow2", "qcow2"),
+        (&["convert", "--image-opts", plain, plain, "new.raw"], "new.raw", "raw"),
+        (
+            &[
+                "convert",
+                "-n",
+                "--target-image-opts",
+                "over_raw.qcow2",
+                "driver=qcow2,file.filename=over.qcow2",
+            ],
+            "over.qcow2",
+            "qcow2",
+        ),
+    ] {
+        let (theirs, ours, said) = bench.same_changes(line);
+        assert_eq!(said.code, Some(0), "{line:?}");
+        assert!(ours.guest(format, image) == theirs.guest(format, image), "{line:?}");
+    }
+    bench.same(&["convert", "--target-image-opts", "plain.qcow2", "driver=raw,file.filename=some.raw"]);
 }
 
 #[test]

@@ -82,6 +82,21 @@ impl Drop for Lab {
     }
 }
 
+/// Where `qemu-img map` sees data that is not zeros by its kind.
+fn data(image: &Path, format: &str) -> Vec<(u64, u64)> {
+    let map = ok(Command::new("qemu-img").args(["map", "-f", format, "--output=json"]).arg(image));
+    let map: Vec<serde_json::Value> = serde_json::from_str(&map).unwrap();
+    let mut found: Vec<(u64, u64)> = Vec::new();
+    for run in map.iter().filter(|run| run["data"] == true && run["zero"] == false) {
+        let (start, length) = (run["start"].as_u64().unwrap(), run["length"].as_u64().unwrap());
+        match found.last_mut() {
+            Some((_, end)) if *end == start => *end = start + length,
+            _ => found.push((start, start + length)),
+        }
+    }
+    found
+}
+
 #[test]
 fn images_of_every_kind_read_through_the_mount_as_qemu_reads_them() {
     let lab = Lab(tempfile::Builder::new().prefix("knibfs-matrix").tempdir().unwrap());
@@ -157,6 +172,10 @@ fn images_of_every_kind_read_through_the_mount_as_qemu_reads_them() {
         ok(Command::new("qemu-img")
             .args(["compare", "-q", "-f", "raw", "-F", "qcow2"])
             .args([read, &folder.join("root.qcow2")]));
+        let (flat, chain) =
+            (data(&folder.join("root.raw"), "raw"), data(&folder.join("root.qcow2"), "qcow2"));
+        assert_eq!(flat, chain, "{backup}: `qemu-img map` of the flat view and of the chain");
+        assert!(!flat.is_empty(), "{backup}: {flat:?}");
     }
     for pair in expected.chunks(2) {
         let view = mnt.join("vms").join(&pair[1].0).join("root.raw");

@@ -1,13 +1,16 @@
 //! `prune`: what no rule keeps is removed, what is left of it under others is merged into them, and no new full is needed.
 #![allow(missing_docs, clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
-mod lab;
+mod common;
 mod mounted_store;
 
 use std::os::unix::process::ExitStatusExt as _;
 
+use common::disk_lab::DiskLab as Lab;
+use common::failpoints;
+use common::killed::Seen;
+use common::lab::tool;
 use knibfs::store::manifest::Kind::{Full, Incremental};
-use lab::{Lab, tool};
 use mounted_store::{CLUSTER, Fixture, Layer, Shape, content};
 
 fn name(backup: &str) -> &str {
@@ -182,7 +185,7 @@ fn a_damaged_backup_is_not_merged() {
 /// Kills a prune at every place; `recover` leaves the state before or after one of its steps.
 #[test]
 fn killed_anywhere_it_is_recovered() {
-    let mut states = std::collections::BTreeSet::new();
+    let (mut states, mut seen) = (std::collections::BTreeSet::new(), Seen::default());
     let made = Lab::new("scan");
     let b = copies(&made, 4);
     for number in 1.. {
@@ -191,6 +194,7 @@ fn killed_anywhere_it_is_recovered() {
         let killed = command.env("KNIBFS_FAILPOINT", format!("#{number}")).output().unwrap();
         let said = String::from_utf8_lossy(&killed.stderr).into_owned();
         assert!(killed.status.success() || killed.status.signal() == Some(9), "{said}");
+        seen.note(&killed);
         lab.recover();
         lab.check();
         assert!(lab.store().unfinished().unwrap().is_empty());
@@ -210,4 +214,5 @@ fn killed_anywhere_it_is_recovered() {
         }
     }
     assert!(states.len() > 2, "{states:?}");
+    seen.assert_all(failpoints::PRUNE);
 }

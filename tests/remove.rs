@@ -1,14 +1,16 @@
 //! `remove`, row by row of the table "Removal", on the real program.
 #![allow(missing_docs, clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
-mod lab;
+mod common;
 
 use std::os::unix::process::ExitStatusExt as _;
 use std::path::Path;
 
+use common::disk_lab::DiskLab as Lab;
+use common::failpoints::{self, List};
+use common::killed::Seen;
 use knibfs::store::manifest::BackupState::{BackedUp, Error, Removed};
 use knibfs::store::manifest::Kind::{Full, Incremental};
-use lab::Lab;
 use rustix::mount::{MountFlags, UnmountFlags};
 
 fn name(backup: &str) -> &str {
@@ -421,7 +423,8 @@ fn the_mount_drops_what_is_removed_and_keeps_what_is_open() {
 }
 
 /// Kills a removal at every place where a crash is foreseen; `recover` finishes or undoes each.
-fn killed_anywhere(track: &str, backups: usize, targets: &[usize], hidden: &[usize]) {
+fn killed_anywhere(list: List, track: &str, backups: usize, targets: &[usize], hidden: &[usize]) {
+    let mut seen = Seen::default();
     let (mut undone, mut finished) = (0, 0);
     for number in 1.. {
         let lab = Lab::new(track);
@@ -437,6 +440,7 @@ fn killed_anywhere(track: &str, backups: usize, targets: &[usize], hidden: &[usi
         let killed = command.env("KNIBFS_FAILPOINT", format!("#{number}")).output().unwrap();
         let said = String::from_utf8_lossy(&killed.stderr).into_owned();
         assert!(killed.status.success() || killed.status.signal() == Some(9), "{said}");
+        seen.note(&killed);
         lab.recover();
         lab.check();
         lab.disk_shows(&copy);
@@ -462,14 +466,15 @@ fn killed_anywhere(track: &str, backups: usize, targets: &[usize], hidden: &[usi
         }
     }
     assert!(undone > 3 && finished > 3, "{undone} undone, {finished} finished");
+    seen.assert_all(list);
 }
 
 #[test]
 fn the_removal_of_the_current_backup_that_is_killed_anywhere_is_recovered() {
-    killed_anywhere("overlay", 3, &[2], &[1]);
+    killed_anywhere(failpoints::REMOVE_OVERLAY, "overlay", 3, &[2], &[1]);
 }
 
 #[test]
 fn a_batch_that_is_killed_anywhere_is_recovered() {
-    killed_anywhere("scan", 4, &[3, 1], &[]);
+    killed_anywhere(failpoints::REMOVE_BATCH, "scan", 4, &[3, 1], &[]);
 }

@@ -1,21 +1,36 @@
 //! Restores of plain disk files, through the program: the right bytes, nothing left over, and no half of it after a kill.
 #![allow(missing_docs, clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
+mod common;
+
+use std::ops::Deref;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
+use common::failpoints;
+use common::killed::{Times, at_each_name, kill};
+use common::lab::{Lab as Program, tool};
 use serde_json::Value;
 
 /// A store with a VM of two disks, `root` and `data`.
 struct Lab {
     dir: tempfile::TempDir,
+    program: Program,
     format: &'static str,
+}
+
+impl Deref for Lab {
+    type Target = Program;
+
+    fn deref(&self) -> &Program {
+        &self.program
+    }
 }
 
 impl Lab {
     fn new(format: &'static str, track: &str) -> Self {
-        let lab = Lab { dir: tempfile::tempdir().unwrap(), format };
-        lab.ok(&["init", lab.path("store").to_str().unwrap()]);
+        let dir = tempfile::tempdir().unwrap();
+        let lab = Lab { program: Program::at(dir.path()).init(), dir, format };
         let mut add = vec!["vm".into(), "add".into(), "web1".into(), "--track".into(), track.to_owned()];
         for disk in ["root", "data"] {
             tool("qemu-img", &["create", "-q", "-f", format, lab.disk(disk).to_str().unwrap(), "16M"]);
@@ -24,10 +39,6 @@ impl Lab {
         }
         lab.ok(&add.iter().map(String::as_str).collect::<Vec<_>>());
         lab
-    }
-
-    fn path(&self, name: &str) -> PathBuf {
-        self.dir.path().join(name)
     }
 
     fn disk(&self, name: &str) -> PathBuf {
@@ -39,24 +50,8 @@ impl Lab {
         tool("qemu-io", &["-f", self.format, "-c", command, self.disk(disk).to_str().unwrap()]);
     }
 
-    fn command(&self, arguments: &[&str]) -> Command {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_knibfs"));
-        command
-            .args(arguments)
-            .env("KNIBFS_STORE", self.path("store"))
-            .env("KNIBFS_STATE_DIR", self.path("state"));
-        command
-    }
-
     fn try_run(&self, arguments: &[&str]) -> Output {
         self.command(arguments).output().unwrap()
-    }
-
-    fn ok(&self, arguments: &[&str]) -> String {
-        let output = self.try_run(arguments);
-        let errors = String::from_utf8_lossy(&output.stderr);
-        assert_eq!(output.status.code(), Some(0), "{arguments:?}: {errors}");
-        String::from_utf8(output.stdout).unwrap().trim().to_owned()
     }
 
     fn refused(&self, arguments: &[&str]) -> String {
@@ -136,17 +131,6 @@ impl Lab {
     }
 }
 
-fn tool(program: &str, arguments: &[&str]) -> String {
-    let output = Command::new(program)
-        .args(arguments)
-        .output()
-        .unwrap_or_else(|e| panic!("cannot run {program}: {e}; install qemu-utils (scripts/install-deps)"));
-    let both = [output.stdout, output.stderr].concat();
-    let said = String::from_utf8_lossy(&both).into_owned();
-    assert!(output.status.success() && !said.contains("failed"), "{program} {arguments:?}: {said}");
-    said
-}
-
 /// Table B, rows 3 and 4: restore b1, then b2; and the next backup is full.
 fn back_and_forth(format: &'static str, track: &str) {
     let lab = Lab::new(format, track);
@@ -171,7 +155,7 @@ fn back_and_forth(format: &'static str, track: &str) {
     let (third, _) = lab.backup();
     let (kind, reason) = lab.kinds_and_reason(&third);
     assert_eq!(kind, "full");
-    assert!(reason.contains("the chain before it has ended"), "{reason}");
+    assert!(reason.contains(&format!("restored from {second}")), "{reason}");
     lab.ok(&["check", "--read-data"]);
 }
 
@@ -341,77 +325,121 @@ fn a_full_disk_fails_the_restore_and_leaves_everything_as_it_was() {
     assert_eq!(lab.kinds_and_reason(&next).0, "incremental", "the chain goes on");
 }
 
-/// Kills a command at places where a crash is foreseen, every `step`-th; `recover` brings each to an end. Three places in a
-/// row belong to each record that is written.
-fn killed_anywhere(
-    step: usize,
-    track: &str,
-    command: &dyn Fn(&str) -> Vec<String>,
-    check: &dyn Fn(&Lab, bool, &str),
-) {
-    let mut number = 1;
-    loop {
+impl Lab {
+    /// What a restore is killed on: two backups of which the first is asked for, and what the disks held at each.
+    fn to_be_killed(track: &str) -> Killed {
         let lab = Lab::new("qcow2", track);
         let (first, old) = lab.backup();
         lab.write("root", "write -P 9 3M 128k");
         lab.write("data", "write -P 9 3M 128k");
         let (_, new) = lab.backup();
-        let arguments = command(&first);
-        let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
-        let killed = lab.command(&arguments).env("KNIBFS_FAILPOINT", format!("#{number}")).output().unwrap();
-        let said = format!("#{number}: {}", String::from_utf8_lossy(&killed.stderr));
-        lab.ok(&["recover"]);
-        assert_eq!(lab.ok(&["recover"]), "nothing was interrupted", "{said}");
-        assert_eq!(lab.record()["state"], "Ready", "{said}");
-        // Either both disks are of the old time, or neither is.
-        let is_old = lab.both_show(&old);
-        assert!(is_old || lab.both_show(&new), "{said}");
-        check(&lab, is_old, &said);
-        let strays: Vec<_> = lab.images().into_iter().filter(|n| n.ends_with("knib-new")).collect();
-        assert!(strays.is_empty(), "{strays:?}: {said}");
-        lab.ok(&["check", "--read-data"]);
-        lab.backup();
-        if killed.status.success() {
-            break;
-        }
-        number += step;
+        Killed { lab, first, old, new }
     }
-    assert!(number > 40, "only {number} places were tried");
+}
+
+struct Killed {
+    lab: Lab,
+    first: String,
+    old: [PathBuf; 2],
+    new: [PathBuf; 2],
+}
+
+impl Deref for Killed {
+    type Target = Program;
+
+    fn deref(&self) -> &Program {
+        &self.lab.program
+    }
+}
+
+impl Killed {
+    /// Everything is at rest; whether both disks are of the old time, else both are of the new one.
+    fn is_old(&self, step: &str) -> bool {
+        let lab = &self.lab;
+        assert_eq!(lab.ok(&["recover"]), "nothing was interrupted", "{step}");
+        assert_eq!(lab.record()["state"], "Ready", "{step}");
+        let is_old = lab.both_show(&self.old);
+        assert!(is_old || lab.both_show(&self.new), "{step}");
+        let strays: Vec<_> = lab.images().into_iter().filter(|n| n.ends_with("knib-new")).collect();
+        assert!(strays.is_empty(), "{strays:?}: {step}");
+        is_old
+    }
+
+    /// The store can be read, and the next backup be taken.
+    fn goes_on(&self) {
+        self.lab.ok(&["check", "--read-data"]);
+        self.lab.backup();
+    }
+
+    /// Done: nothing of knibfs is left; or undone: the chain goes on.
+    fn is_done_or_undone(&self, track: &str, step: &str) {
+        let is_old = self.is_old(step);
+        let deltas = self.lab.images().iter().filter(|n| n.ends_with(".knib.qcow2")).count();
+        let wanted = if is_old || track == "scan" { 0 } else { 2 };
+        assert_eq!(deltas, wanted, "{:?}: {step}", self.lab.images());
+        self.goes_on();
+    }
 }
 
 #[test]
 fn a_restore_that_is_killed_anywhere_is_done_or_undone() {
-    for (step, track) in [(1, "overlay"), (5, "scan")] {
-        killed_anywhere(
-            step,
-            track,
-            &|backup| ["restore", backup].map(str::to_owned).to_vec(),
-            &|lab, is_old, said| {
-                let deltas = lab.images().iter().filter(|n| n.ends_with(".knib.qcow2")).count();
-                let wanted = if is_old || track == "scan" { 0 } else { 2 };
-                assert_eq!(deltas, wanted, "{:?}: {said}", lab.images());
-            },
+    for (track, list) in [("overlay", failpoints::RESTORE_OVERLAY), ("scan", failpoints::RESTORE_SCAN)] {
+        at_each_name(
+            Times::FirstAndLast,
+            list,
+            |_| Lab::to_be_killed(track),
+            |killed, _| format!("restore {}", killed.first),
+            |killed, step| killed.is_done_or_undone(track, step),
         );
     }
 }
 
 #[test]
+fn undoing_a_restore_that_is_killed_anywhere_is_done_again() {
+    at_each_name(
+        Times::FirstAndLast,
+        failpoints::RESTORE_UNDONE,
+        |_| {
+            let killed = Lab::to_be_killed("overlay");
+            kill(&killed, &format!("restore {}", killed.first), "restore-written#2");
+            killed
+        },
+        |_, _| "recover".into(),
+        |killed, step| {
+            killed.is_done_or_undone("overlay", step);
+            assert!(!killed.lab.both_show(&killed.old), "{step}: it is undone");
+        },
+    );
+}
+
+#[test]
 fn a_new_volume_or_vm_that_is_killed_anywhere_is_there_or_not() {
-    let volume = |backup: &str| {
-        ["restore-volume", &format!("{backup}/data"), "--to", "web1"].map(str::to_owned).to_vec()
-    };
-    killed_anywhere(4, "scan", &volume, &|lab, is_old, said| {
-        assert!(!is_old, "{said}");
-        let known = lab.record()["volumes"].as_array().unwrap().len();
-        assert_eq!(known, lab.images().len(), "{:?}: {said}", lab.images());
-    });
-    let vm = |backup: &str| ["create-vm", backup, "--name", "web2"].map(str::to_owned).to_vec();
-    killed_anywhere(2, "scan", &vm, &|lab, is_old, said| {
-        assert!(!is_old, "{said}");
-        let made = lab.path("store/vms/web2").exists();
-        assert_eq!(lab.images().len(), if made { 4 } else { 2 }, "{:?}: {said}", lab.images());
-        if made {
-            lab.ok(&["backup", "web2"]);
-        }
-    });
+    at_each_name(
+        Times::FirstAndLast,
+        failpoints::NEW_VOLUME,
+        |_| Lab::to_be_killed("scan"),
+        |killed, _| format!("restore-volume {}/data --to web1", killed.first),
+        |killed, step| {
+            assert!(!killed.is_old(step), "{step}");
+            let known = killed.lab.record()["volumes"].as_array().unwrap().len();
+            assert_eq!(known, killed.lab.images().len(), "{:?}: {step}", killed.lab.images());
+            killed.goes_on();
+        },
+    );
+    at_each_name(
+        Times::FirstAndLast,
+        failpoints::NEW_VM,
+        |_| Lab::to_be_killed("scan"),
+        |killed, _| format!("create-vm {} --name web2", killed.first),
+        |killed, step| {
+            assert!(!killed.is_old(step), "{step}");
+            let made = killed.path("store/vms/web2").exists();
+            let images = killed.lab.images();
+            assert_eq!(images.len(), if made { 4 } else { 2 }, "{images:?}: {step}");
+            if made {
+                killed.ok(&["backup", "web2"]);
+            }
+            killed.goes_on();
+        },
+    );
 }

@@ -1,11 +1,16 @@
 //! A huge sparse disk costs what is on it: bytes that the real program reads and writes are counted, not time.
 #![allow(missing_docs, clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
+mod common;
+
 use std::fs::File;
 use std::io::{BufRead as _, BufReader};
+use std::ops::Deref;
 use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Stdio};
+
+use common::lab::{Lab as Program, tool};
 
 const MIB: u64 = 1 << 20;
 const TIB: u64 = 1 << 40;
@@ -17,7 +22,16 @@ const PLACES: u64 = 16;
 const METADATA: u64 = 16 * MIB;
 
 struct Lab {
-    dir: tempfile::TempDir,
+    _dir: tempfile::TempDir,
+    program: Program,
+}
+
+impl Deref for Lab {
+    type Target = Program;
+
+    fn deref(&self) -> &Program {
+        &self.program
+    }
 }
 
 /// Bytes that a process has read and written so far, whatever it read and wrote.
@@ -44,17 +58,13 @@ impl Traffic {
 
 impl Lab {
     fn new() -> Self {
-        let lab = Self { dir: tempfile::tempdir().unwrap() };
-        lab.ok(&["init", lab.path("store").to_str().unwrap()]);
+        let dir = tempfile::tempdir().unwrap();
+        let lab = Self { program: Program::at(dir.path()).init(), _dir: dir };
         tool("qemu-img", &["create", "-q", "-f", "qcow2", lab.disk().to_str().unwrap(), "1T"]);
         lab.write(&["write -q -P 1 0 1M".into(), format!("write -q -P 2 {} 1M", TIB - MIB)]);
         let disk = format!("root={}", lab.disk().display());
         lab.ok(&["vm", "add", "web1", "--track", "overlay", "--disk", &disk]);
         lab
-    }
-
-    fn path(&self, name: &str) -> PathBuf {
-        self.dir.path().join(name)
     }
 
     fn disk(&self) -> PathBuf {
@@ -67,21 +77,6 @@ impl Lab {
         let disk = self.disk();
         arguments.push(disk.to_str().unwrap());
         tool("qemu-io", &arguments);
-    }
-
-    fn command(&self, arguments: &[&str]) -> Command {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_knibfs"));
-        command
-            .args(arguments)
-            .env("KNIBFS_STORE", self.path("store"))
-            .env("KNIBFS_STATE_DIR", self.path("state"));
-        command
-    }
-
-    fn ok(&self, arguments: &[&str]) -> String {
-        let output = self.command(arguments).output().unwrap();
-        assert_eq!(output.status.code(), Some(0), "{}", String::from_utf8_lossy(&output.stderr));
-        String::from_utf8(output.stdout).unwrap().trim().to_owned()
     }
 
     /// Takes a backup; its folder's name, and what that cost.
@@ -97,14 +92,6 @@ impl Lab {
         assert!(child.wait().unwrap().success());
         (line.trim().to_owned(), traffic)
     }
-}
-
-fn tool(name: &str, arguments: &[&str]) {
-    let output = Command::new(name).args(arguments).output();
-    let output = output.unwrap_or_else(|e| panic!("{name}: {e}; scripts/install-deps installs it"));
-    let said = [output.stdout, output.stderr].concat();
-    let said = String::from_utf8_lossy(&said);
-    assert!(output.status.success() && !said.contains("failed"), "{name} {arguments:?}: {said}");
 }
 
 /// A mount in the foreground, so that it can be asked what it reads.

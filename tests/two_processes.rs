@@ -1,12 +1,12 @@
 //! Several knibfs processes on one store: they keep each other out, say who is at work, and nobody waits for the dead.
 #![allow(missing_docs, clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
-mod lab;
+mod common;
 
 use std::collections::BTreeSet;
 use std::process::{Child, Command, Stdio};
 
-use lab::Lab;
+use common::disk_lab::DiskLab as Lab;
 use rustix::process::{Pid, Signal, WaitId, WaitIdOptions, kill_process, waitid};
 
 /// A process of the program that stopped at a place and holds its lock.

@@ -270,6 +270,57 @@ fn a_disk_that_was_truncated_since_it_was_added() {
     before.assert_same(&lab.seen(), "a backup of a truncated image");
 }
 
+/// A loop device that is taken away when the test ends.
+struct LoopDevice(String);
+
+impl LoopDevice {
+    fn over(file: &Path, more: &[&str]) -> Self {
+        let arguments = [&["--show", "-f"], more, &[file.to_str().unwrap()]].concat();
+        Self(tool("losetup", &arguments).trim().to_owned())
+    }
+}
+
+impl Drop for LoopDevice {
+    fn drop(&mut self) {
+        let _ = Command::new("losetup").args(["-d", &self.0]).status();
+    }
+}
+
+#[test]
+fn a_disk_that_a_loop_device_may_write_to() {
+    let (_dir, lab) = lab();
+    let lab = lab.init();
+    let path = lab.path("root.raw");
+    fs::write(&path, vec![1; 1 << 20]).unwrap();
+    {
+        let device = LoopDevice::over(&path, &[]);
+        let disk = format!("root={}", path.display());
+        let detach = format!("losetup -d {}", device.0);
+        refused(&lab, &["vm", "add", "web1", "--disk", &disk], &["is in use", &detach]);
+    }
+    // One that only reads disturbs nobody.
+    let _reads = LoopDevice::over(&path, &["-r"]);
+    lab.ok(&["vm", "add", "web1", "--disk", &format!("root={}", path.display())]);
+    lab.backup(&[]);
+    let device = LoopDevice::over(&path, &[]);
+    refused(&lab, &["backup", "web1"], &["is in use", &format!("losetup -d {}", device.0)]);
+}
+
+#[test]
+fn taking_a_vm_off_an_offering_that_it_has_not() {
+    let (_dir, lab, disk) = lab_with_disk();
+    lab.ok(&["vm", "add", "web1", "--disk", &format!("root={}", disk.display())]);
+    refused(&lab, &["vm", "unassign", "web1"], &["is assigned to no offering", "`knibfs vm remove web1`"]);
+}
+
+#[test]
+fn a_rate_of_nothing() {
+    let (_dir, lab, _) = lab_with_disk();
+    let output = lab.command(&["restore", "web1/latest", "--rate", "0"]).output().unwrap();
+    let said = String::from_utf8(output.stderr).unwrap();
+    assert!(output.status.code() == Some(2) && said.contains("leave it out for no limit"), "{said}");
+}
+
 fn is_mounted(path: &Path) -> bool {
     knib_fuse::mount_at(&path.canonicalize().unwrap()).unwrap().is_some()
 }

@@ -2,6 +2,7 @@
 
 use std::ffi::OsStr;
 use std::io;
+use std::os::fd::BorrowedFd;
 use std::os::unix::ffi::OsStrExt as _;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
@@ -15,9 +16,11 @@ use fuser::{
     ReplyIoctl, ReplyLseek, ReplyOpen, ReplyStatfs, ReplyWrite, ReplyXattr, Request, TimeOrNow, WriteFlags,
 };
 
+use crate::awake::Awake;
 use crate::handles::{Holder, OpenFolders, process_of};
 use crate::tree::clip;
-use crate::{Attr, DirEntry, FsError, FsResult, Ino, NodeKind, OpenFiles, Problem, Tree, with_buffer};
+use crate::workers::Workers;
+use crate::{Attr, DirEntry, File, FsError, FsResult, Ino, NodeKind, OpenFiles, Problem, Tree, with_buffer};
 
 /// How long the kernel may remember what can change: a new backup is seen after this.
 const SHORT: Duration = Duration::from_secs(1);
@@ -33,15 +36,38 @@ const SEEK_HOLE: i32 = 4;
 /// Node numbers are never used again, so there is one generation.
 const GENERATION: Generation = Generation(0);
 
+/// Set in the number of a request that the kernel hands out again.
+const RESENT: u64 = 1 << 63;
+
 pub(crate) struct Adapter {
     tree: Arc<dyn Tree>,
     files: Arc<OpenFiles>,
     folders: OpenFolders,
+    workers: Workers,
+    awake: Awake,
+}
+
+/// The handle that a request opens: the request's own number, so that the next server gives the same when it is asked again,
+/// and none that another request has been given.
+fn handle_of(request: &Request) -> u64 {
+    request.unique().0 & !RESENT
 }
 
 impl Adapter {
-    pub fn new(tree: Arc<dyn Tree>, files: Arc<OpenFiles>) -> Self {
-        Self { tree, files, folders: OpenFolders::default() }
+    /// Answers what comes from `queue`, with `threads` in all; the session must be given [`Self::takers`] of them.
+    pub fn new(
+        tree: Arc<dyn Tree>,
+        files: Arc<OpenFiles>,
+        threads: usize,
+        queue: BorrowedFd<'_>,
+    ) -> io::Result<Self> {
+        let (folders, workers) = (OpenFolders::default(), Workers::new(threads));
+        Ok(Self { tree, files, folders, workers, awake: Awake::at(queue)? })
+    }
+
+    /// Threads that take requests from the kernel.
+    pub fn takers(&self) -> usize {
+        self.workers.takers()
     }
 
     fn names(&self, folder: Ino, handle: FileHandle, offset: u64) -> FsResult<Arc<Vec<DirEntry>>> {
@@ -69,9 +95,13 @@ impl Adapter {
         }
     }
 
+    fn file(&self, handle: FileHandle) -> FsResult<Arc<dyn File>> {
+        self.files.get(handle.0, |ino| self.tree.open(ino))
+    }
+
     fn seek(&self, handle: FileHandle, offset: i64, whence: i32) -> FsResult<i64> {
         let no_more = || FsError::new(Problem::NoMoreData, "nothing more");
-        let file = self.files.get(handle.0)?;
+        let file = self.file(handle)?;
         let from = u64::try_from(offset).ok().filter(|o| *o < file.len()).ok_or_else(no_more)?;
         let found = match whence {
             SEEK_DATA => file.next_data(from)?.filter(|at| *at < file.len()).ok_or_else(no_more)?,
@@ -93,6 +123,17 @@ fn guarded<T>(doing: &str, ino: Ino, work: impl FnOnce() -> FsResult<T>) -> Resu
         }
         error.errno()
     })
+}
+
+fn answer_read(file: &dyn File, ino: Ino, offset: u64, len: usize, reply: ReplyData) {
+    with_buffer(len, |buffer| match guarded("reading", ino, || file.read(offset, buffer)) {
+        Ok(()) => reply.data(buffer),
+        Err(errno) => reply.error(errno),
+    });
+    let _ = guarded("preparing for the next read", ino, || {
+        file.replied();
+        Ok(())
+    });
 }
 
 fn file_attr(attr: &Attr) -> FileAttr {
@@ -142,6 +183,7 @@ impl Filesystem for Adapter {
             InitFlags::FUSE_PARALLEL_DIROPS,
             InitFlags::FUSE_ASYNC_DIO,
             InitFlags::FUSE_EXPORT_SUPPORT,
+            InitFlags::FUSE_HAS_RESEND,
         ] {
             let _ = config.add_capabilities(capability);
         }
@@ -187,7 +229,8 @@ impl Filesystem for Adapter {
         match opened {
             Ok(file) => {
                 let lasting = file.is_lasting();
-                let handle = self.files.add(file, Holder { pid: process_of(req.pid()), ino });
+                let handle = handle_of(req);
+                self.files.add(handle, file, Holder { pid: process_of(req.pid()), ino });
                 // Where a node's bytes never change, the kernel's pages of it stay true.
                 let cache = if lasting { FopenFlags::FOPEN_KEEP_CACHE } else { FopenFlags::FOPEN_DIRECT_IO };
                 let flags = cache | FopenFlags::FOPEN_NOFLUSH;
@@ -210,7 +253,7 @@ impl Filesystem for Adapter {
     ) {
         let ino = Ino(ino.0);
         let found = guarded("reading", ino, || {
-            let file = self.files.get(fh.0)?;
+            let file = self.file(fh)?;
             let len = clip(&*file, offset, size as usize)?;
             Ok((file, len))
         });
@@ -218,14 +261,19 @@ impl Filesystem for Adapter {
             Ok(found) => found,
             Err(errno) => return reply.error(errno),
         };
-        with_buffer(len, |buffer| match guarded("reading", ino, || file.read(offset, buffer)) {
-            Ok(()) => reply.data(buffer),
-            Err(errno) => reply.error(errno),
-        });
-        let _ = guarded("preparing for the next read", ino, || {
-            file.replied();
-            Ok(())
-        });
+        let reading = self.workers.reading();
+        self.awake.came(reading.is_alone());
+        if reading.is_last() && file.waits() {
+            let answer = Box::new(move || answer_read(&*file, ino, offset, len, reply));
+            if let Err(answer) = self.workers.hand_over(answer) {
+                answer();
+            }
+            return;
+        }
+        answer_read(&*file, ino, offset, len, reply);
+        if reading.end() {
+            self.awake.wait();
+        }
     }
 
     fn flush(&self, _req: &Request, _ino: INodeNo, _fh: FileHandle, _owner: LockOwner, reply: ReplyEmpty) {
@@ -285,8 +333,10 @@ impl Filesystem for Adapter {
         reply.error(Errno::ENOTTY);
     }
 
-    fn opendir(&self, _req: &Request, _ino: INodeNo, _flags: OpenFlags, reply: ReplyOpen) {
-        reply.opened(FileHandle(self.folders.add()), FopenFlags::empty());
+    fn opendir(&self, req: &Request, _ino: INodeNo, _flags: OpenFlags, reply: ReplyOpen) {
+        let handle = handle_of(req);
+        self.folders.add(handle);
+        reply.opened(FileHandle(handle), FopenFlags::empty());
     }
 
     fn readdir(&self, _req: &Request, ino: INodeNo, fh: FileHandle, offset: u64, mut reply: ReplyDirectory) {

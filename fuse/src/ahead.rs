@@ -7,7 +7,8 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use parking_lot::{Condvar, Mutex};
 
-use crate::{BlockCache, BlockSource, SpanKind};
+use crate::pool::Pool;
+use crate::{BlockCache, BlockSource, Plan, SpanKind};
 
 /// Worker threads and a short queue of ranges to decode. What does not fit in the queue is left to the reader.
 #[derive(Debug)]
@@ -15,6 +16,8 @@ pub struct ReadAhead {
     shared: Arc<Shared>,
     cores: usize,
     reading: AtomicUsize,
+    /// For what is foreseen.
+    followers: Pool,
 }
 
 #[derive(Default)]
@@ -47,6 +50,9 @@ const QUEUE: usize = 64;
 /// Bytes a job.
 const STEP: u64 = 128 << 10;
 const MOST_WORKERS: usize = 4;
+/// Threads that follow plans: more than cores, because they wait for the disk most of the time, and a disk is as fast as it is
+/// asked for much at once.
+const FOLLOWERS: usize = 8;
 
 impl ReadAhead {
     /// Starts the workers: one fewer than cores, between one and four.
@@ -57,7 +63,19 @@ impl ReadAhead {
             let shared = shared.clone();
             std::thread::Builder::new().name(format!("ahead-{n}")).spawn(move || work(&shared))?;
         }
-        Ok(Arc::new(Self { shared, cores, reading: AtomicUsize::new(0) }))
+        let followers = Pool::new("foresee", FOLLOWERS);
+        Ok(Arc::new(Self { shared, cores, reading: AtomicUsize::new(0), followers }))
+    }
+
+    /// Has a plan followed, after those before it.
+    pub(crate) fn follow(&self, plan: &Arc<Plan>) {
+        for _ in 0..FOLLOWERS {
+            let plan = plan.clone();
+            // Where there is no thread, reads are answered as if nothing had been foreseen.
+            if self.followers.run(Box::new(move || while plan.step() {})).is_err() {
+                return;
+            }
+        }
     }
 
     /// Counts a reader in for as long as the guard lives.

@@ -1,9 +1,10 @@
 //! The read engine: a file over a block source and the shared cache.
 
-use std::sync::Arc;
+use std::os::fd::BorrowedFd;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 
-use crate::{BlockCache, BlockSource, File, FsError, FsResult, Problem, ReadAhead, Span, SpanKind};
+use crate::{BlockCache, BlockSource, File, FsError, FsResult, Plan, Problem, ReadAhead, Span, SpanKind};
 
 /// A file over a [`BlockSource`]: zeros and stored bytes go straight into the reader's buffer, decoded blocks through
 /// the cache.
@@ -18,6 +19,8 @@ pub struct BlockFile {
     /// From where and up to where decoding was asked for.
     asked_from: AtomicU64,
     asked: AtomicU64,
+    /// What will be read, where that is known.
+    plan: OnceLock<Arc<Plan>>,
 }
 
 /// Parallel readahead of the kernel arrives a little out of order. Bytes.
@@ -38,7 +41,26 @@ impl BlockFile {
             streak: AtomicU32::new(0),
             asked_from: AtomicU64::new(0),
             asked: AtomicU64::new(0),
+            plan: OnceLock::new(),
         }
+    }
+
+    /// Tells that these parts of the file ([`crate::FirstReads::PART_BITS`]) will be read, in this order, and that the reader is
+    /// at the one at `place`: those behind it are decoded before they are asked for, as far as half of the cache reaches. Once for a
+    /// file; the first plan stays.
+    pub fn foresee(&self, parts: Arc<[u32]>, place: usize) -> Arc<Plan> {
+        let mut is_new = false;
+        let plan = self.plan.get_or_init(|| {
+            is_new = true;
+            let plan = Plan::new(self.source.clone(), self.cache.clone(), parts);
+            // Before anyone follows it: what the reader has passed is not decoded.
+            plan.reached(place);
+            Arc::new(plan)
+        });
+        if is_new {
+            self.ahead.follow(plan);
+        }
+        plan.clone()
     }
 
     fn fill(&self, at: u64, span: &Span, buf: &mut [u8]) -> FsResult<()> {
@@ -55,7 +77,7 @@ impl BlockFile {
                     Some(block) => block?,
                     // The first time only as much as is asked for is decoded, and nothing is kept. What another thread is
                     // to decode too goes through the cache, so that one of them does it.
-                    None if !self.is_asked_for(span.start) && !self.cache.is_wanted(key) => {
+                    None if !self.is_to_be_decoded(span.start) && !self.cache.is_wanted(key) => {
                         return self.source.read_part(span.start, key, len, from, buf);
                     }
                     None => self.cache.get(key, len, |out| self.source.read_block(span.start, key, out))?,
@@ -67,7 +89,11 @@ impl BlockFile {
         }
     }
 
-    fn is_asked_for(&self, start: u64) -> bool {
+    /// Whether others are about to decode it, or reads of it were foreseen.
+    fn is_to_be_decoded(&self, start: u64) -> bool {
+        if self.plan.get().is_some_and(|plan| !plan.is_done()) {
+            return true;
+        }
         (self.asked_from.load(Ordering::Relaxed)..self.asked.load(Ordering::Relaxed)).contains(&start)
     }
 
@@ -108,6 +134,14 @@ impl BlockFile {
     }
 }
 
+impl Drop for BlockFile {
+    fn drop(&mut self) {
+        if let Some(plan) = self.plan.get() {
+            plan.end();
+        }
+    }
+}
+
 impl File for BlockFile {
     fn len(&self) -> u64 {
         self.source.len()
@@ -135,6 +169,14 @@ impl File for BlockFile {
             rest = later;
         }
         Ok(())
+    }
+
+    fn lock(&self) -> Option<BorrowedFd<'_>> {
+        self.source.lock()
+    }
+
+    fn waits(&self) -> bool {
+        self.source.waits()
     }
 
     fn replied(&self) {

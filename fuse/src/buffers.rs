@@ -3,26 +3,50 @@
 
 use parking_lot::Mutex;
 
-static FREE: Mutex<Vec<Vec<u8>>> = Mutex::new(Vec::new());
+static FREE: Mutex<Free> = Mutex::new(Free { buffers: Vec::new(), bytes: 0 });
 
 /// Longest that is kept: a megabyte, and an edge on both sides. Bytes.
 const LONGEST: usize = (2 << 20) + 8192;
-/// Most that are kept: about as many as threads work at once.
-const MOST: usize = 16;
+/// What is kept in all: about a long read for each thread that works at once. Bytes.
+const MOST: usize = 16 << 20;
+
+/// Buffers that nobody uses.
+struct Free {
+    buffers: Vec<Vec<u8>>,
+    /// Of all of them.
+    bytes: usize,
+}
+
+impl Free {
+    fn take(&mut self) -> Vec<u8> {
+        let buffer = self.buffers.pop().unwrap_or_default();
+        self.bytes -= buffer.capacity();
+        buffer
+    }
+
+    /// Gives back what is not kept: it is freed where nobody waits for this.
+    fn give(&mut self, buffer: Vec<u8>) -> Option<Vec<u8>> {
+        let bytes = buffer.capacity();
+        if bytes > LONGEST || self.bytes + bytes > MOST {
+            return Some(buffer);
+        }
+        self.bytes += bytes;
+        self.buffers.push(buffer);
+        None
+    }
+}
 
 /// Calls `with` with a buffer of `len` bytes, whose content is whatever was there last.
 pub fn with_buffer<T>(len: usize, with: impl FnOnce(&mut [u8]) -> T) -> T {
-    let mut buffer = FREE.lock().pop().unwrap_or_default();
+    let mut buffer = FREE.lock().take();
     if buffer.len() < len {
+        // Not more than that: twice as much would not be kept.
+        buffer.reserve_exact(len - buffer.len());
         buffer.resize(len, 0);
     }
     let result = with(buffer.get_mut(..len).unwrap_or_default());
-    if buffer.len() <= LONGEST {
-        let mut free = FREE.lock();
-        if free.len() < MOST {
-            free.push(buffer);
-        }
-    }
+    let surplus = FREE.lock().give(buffer);
+    drop(surplus);
     result
 }
 
@@ -42,6 +66,15 @@ mod tests {
                 assert!(outer.len() == len && outer.iter().all(|b| *b == 1));
             });
         }
-        assert!(FREE.lock().iter().all(|b| b.len() <= LONGEST));
+        assert!(FREE.lock().buffers.iter().all(|b| b.capacity() <= LONGEST));
+    }
+
+    #[test]
+    fn what_is_kept_is_bounded_in_bytes() {
+        let mut free = Free { buffers: Vec::new(), bytes: 0 };
+        let freed = (0..64).filter_map(|_| free.give(vec![0; 2 << 20])).count();
+        assert_eq!((freed, free.buffers.len(), free.bytes), (56, 8, MOST));
+        assert_eq!((free.take().len(), free.bytes), (2 << 20, MOST - (2 << 20)));
+        assert!(free.give(vec![0; LONGEST + 1]).is_some(), "longer than any read");
     }
 }

@@ -1,69 +1,26 @@
-//! Mounts a tree, serves it, takes it away again.
+//! Serves a tree, and takes mounts away.
 
-use std::ffi::CString;
-use std::fs::OpenOptions;
 use std::io;
-use std::os::fd::{AsRawFd as _, OwnedFd};
+use std::os::fd::{AsFd as _, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
 
-use fuser::{Config, MountOption, Session, SessionACL};
-use rustix::mount::{MountFlags, UnmountFlags};
+use fuser::{Config, Session, SessionACL};
+use rustix::mount::UnmountFlags;
 
 use crate::adapter::Adapter;
-use crate::{OpenFiles, Tree, mount_at};
-
-/// How a tree is mounted.
-#[derive(Debug, Clone)]
-pub struct MountConfig {
-    /// Threads that answer requests; at least one.
-    pub threads: usize,
-    /// Users other than the one that mounts may enter; the modes of the nodes say what they may do.
-    pub allow_other: bool,
-    /// What `mount` shows as source and, behind `fuse.`, as type. Letters, digits and dashes.
-    pub name: String,
-}
-
-/// Why a tree could not be mounted, with the way out.
-#[derive(Debug, thiserror::Error)]
-pub enum MountError {
-    /// The kernel has no FUSE.
-    #[error(
-        "there is no /dev/fuse: load the kernel's module with `modprobe fuse`, or give it to this container"
-    )]
-    NoDevice,
-    /// This process may not.
-    #[error(
-        "no permission to {doing}: run as root, or have the administrator install fuse3 and let users open /dev/fuse (mode 666)"
-    )]
-    Denied {
-        /// What was being done.
-        doing: String,
-    },
-    /// `--allow-other` by a user.
-    #[error(
-        "only root may let other users in: add the line `user_allow_other` to /etc/fuse.conf, or mount without --allow-other"
-    )]
-    NoAllowOther,
-    /// fusermount3 is missing.
-    #[error("users other than root mount through fusermount3, which is not there: install the package fuse3")]
-    NoFusermount,
-    /// Anything else.
-    #[error("cannot mount at {}: {source}", mount_point.display())]
-    Failed {
-        /// Where.
-        mount_point: PathBuf,
-        /// Why.
-        source: io::Error,
-    },
-}
+use crate::link::Link;
+use crate::{
+    Device, Holder, Ino, MountConfig, MountError, OpenFiles, ToKeeper, ToServer, Tree, mount_at, raw,
+};
 
 /// A mounted tree, ready to be served.
 pub struct Server {
     session: Session<Adapter>,
     files: Arc<OpenFiles>,
-    stopper: Stopper,
+    /// Without a keeper, this process holds the mount.
+    device: Option<Device>,
 }
 
 /// Takes a mount away, from any thread.
@@ -73,29 +30,67 @@ pub struct Stopper {
     device: Option<String>,
 }
 
-/// Readahead of the kernel: large replies, and several at a time, which cores decode at once. KiB.
-const READ_AHEAD: &str = "4096";
-
 impl Server {
-    /// Mounts a tree at a folder, given by its absolute path without links.
-    pub fn mount(tree: Arc<dyn Tree>, mount_point: &Path, config: &MountConfig) -> Result<Self, MountError> {
+    /// Mounts a tree at a folder, given by its absolute path without links, and serves it with `threads`, at least one. The mount
+    /// ends with this process.
+    pub fn mount(
+        tree: Arc<dyn Tree>,
+        mount_point: &Path,
+        config: &MountConfig,
+        threads: usize,
+    ) -> Result<Self, MountError> {
+        let mut device = Device::mount(mount_point, config)?;
         let files = Arc::new(OpenFiles::default());
-        let adapter = Adapter::new(tree, files.clone());
-        let mut session = Config::default();
-        session.n_threads = Some(config.threads.max(1));
-        session.clone_fd = true;
-        session.acl = if config.allow_other { SessionACL::All } else { SessionACL::Owner };
-        let session = if rustix::process::geteuid().is_root() {
-            mount_as_root(adapter, mount_point, config, session)?
-        } else {
-            mount_as_user(adapter, mount_point, config, session)?
-        };
-        let device = mount_at(mount_point).ok().flatten().map(|m| m.device);
-        if let Some(device) = &device {
-            // Only root may; without it reads are smaller and all else is the same.
-            let _ = std::fs::write(format!("/sys/class/bdi/{device}/read_ahead_kb"), READ_AHEAD);
+        let serving = (|| {
+            let queue = device.queue()?;
+            let adapter = Adapter::new(tree, files.clone(), threads, queue.as_fd())?;
+            let (session, answer) = shake_hands(adapter, device.greeting(), &queue, config.allow_other)?;
+            device.answer(&answer)?;
+            Ok(session)
+        })();
+        match serving {
+            Ok(session) => Ok(Self { session, files, device: Some(device) }),
+            Err(source) => {
+                let _ = device.stopper().detach();
+                Err(MountError::Failed { mount_point: mount_point.into(), source })
+            }
         }
-        Ok(Self { session, files, stopper: Stopper { mount_point: mount_point.into(), device } })
+    }
+
+    /// Serves a mount that a keeper holds, in place of the server before, if there was one.
+    pub fn take_over(
+        tree: Arc<dyn Tree>,
+        keeper: Arc<Link>,
+        allow_other: bool,
+        threads: usize,
+    ) -> io::Result<Self> {
+        let files = Arc::new(OpenFiles::told_to(keeper.clone()));
+        let mut greeting = None;
+        loop {
+            match keeper.receive()? {
+                Some((ToServer::Greeting { request }, Some(queue))) => greeting = Some((request, queue)),
+                Some((ToServer::Handle { handle, ino, pid }, _)) => {
+                    let ino = Ino(ino);
+                    let holder = Holder { pid, ino };
+                    match tree.open(ino) {
+                        Ok(file) => files.add(handle, file, holder),
+                        Err(error) => {
+                            tracing::error!("a file that was open cannot be opened again now: {error}");
+                            files.miss(handle, holder);
+                        }
+                    }
+                }
+                Some((ToServer::Go, _)) => break,
+                Some((ToServer::Ping, _)) => keeper.send(&ToKeeper::Pong, None)?,
+                Some((ToServer::Greeting { .. }, None)) => return Err(io::Error::other("there is no queue")),
+                None => return Err(io::Error::other("the keeper of the mount is gone")),
+            }
+        }
+        let (request, queue) = greeting.ok_or_else(|| io::Error::other("there is no greeting"))?;
+        let adapter = Adapter::new(tree, files.clone(), threads, queue.as_fd())?;
+        let (session, answer) = shake_hands(adapter, &request, &queue, allow_other)?;
+        keeper.send(&ToKeeper::Answer { answer }, None)?;
+        Ok(Self { session, files, device: None })
     }
 
     /// The files that are open.
@@ -103,9 +98,9 @@ impl Server {
         self.files.clone()
     }
 
-    /// What takes the mount away.
-    pub fn stopper(&self) -> Stopper {
-        self.stopper.clone()
+    /// What takes the mount away, where this process holds it.
+    pub fn stopper(&self) -> Option<Stopper> {
+        self.device.as_ref().map(Device::stopper)
     }
 
     /// Serves until the mount is taken away and the last open file is closed.
@@ -118,7 +113,38 @@ impl Server {
     }
 }
 
+/// A session that reads from `queue`, and its answer to the greeting. fuser insists on reading the greeting itself, which
+/// the kernel sends once: so it gets it from a pair of sockets, and then the queue in place of its end of them.
+fn shake_hands(
+    adapter: Adapter,
+    greeting: &[u8],
+    queue: &OwnedFd,
+    allow_other: bool,
+) -> io::Result<(Session<Adapter>, Vec<u8>)> {
+    let (ours, theirs) = Link::pair()?;
+    ours.send_bytes(greeting, None)?;
+    let acl = if allow_other { SessionACL::All } else { SessionACL::Owner };
+    let mut config = Config::default();
+    config.acl = acl;
+    config.n_threads = Some(adapter.takers());
+    let session = Session::from_fd(adapter, theirs.into_fd(), acl, config)?;
+    let (answer, _) = ours.receive_bytes()?;
+    raw::replace(session.as_fd(), queue)?;
+    Ok((session, answer))
+}
+
 impl Stopper {
+    /// Of what is mounted there now.
+    pub fn of(mount_point: &Path) -> Self {
+        let device = mount_at(mount_point).ok().flatten().map(|m| m.device);
+        Self { mount_point: mount_point.into(), device }
+    }
+
+    /// Device number of the mount, `major:minor`.
+    pub(crate) fn device(&self) -> Option<&str> {
+        self.device.as_deref()
+    }
+
     /// Takes the mount away if it still is ours. Files that are open stay readable for as long as the server runs.
     pub fn detach(&self) -> io::Result<()> {
         match mount_at(&self.mount_point)? {
@@ -141,81 +167,4 @@ pub fn unmount(path: &Path) -> io::Result<()> {
         }
         Err(error) => Err(error.into()),
     }
-}
-
-/// fuser's own way through mount(2) has faults (a comma in the name adds options; unmounting by root fails), so root
-/// mounts here.
-fn mount_as_root(
-    adapter: Adapter,
-    mount_point: &Path,
-    config: &MountConfig,
-    session: Config,
-) -> Result<Session<Adapter>, MountError> {
-    let failed = |source| MountError::Failed { mount_point: mount_point.into(), source };
-    let device = OpenOptions::new().read(true).write(true).open("/dev/fuse").map_err(|e| match e.kind() {
-        io::ErrorKind::NotFound => MountError::NoDevice,
-        io::ErrorKind::PermissionDenied => MountError::Denied { doing: "open /dev/fuse".into() },
-        _ => failed(e),
-    })?;
-    let device = OwnedFd::from(device);
-    let mut options = format!(
-        "fd={},rootmode=40000,user_id={},group_id={},default_permissions",
-        device.as_raw_fd(),
-        rustix::process::getuid().as_raw(),
-        rustix::process::getgid().as_raw(),
-    );
-    if config.allow_other {
-        options.push_str(",allow_other");
-    }
-    let options = CString::new(options).map_err(|e| failed(e.into()))?;
-    let flags = MountFlags::RDONLY | MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC;
-    let fs_type = format!("fuse.{}", config.name);
-    rustix::mount::mount(config.name.as_str(), mount_point, fs_type.as_str(), flags, options.as_c_str())
-        .map_err(|e| match e {
-            rustix::io::Errno::PERM | rustix::io::Errno::ACCESS => {
-                MountError::Denied { doing: "mount (CAP_SYS_ADMIN is missing)".into() }
-            }
-            rustix::io::Errno::NODEV => MountError::NoDevice,
-            _ => failed(e.into()),
-        })?;
-    let acl = session.acl;
-    Session::from_fd(adapter, device, acl, session).map_err(|e| {
-        let _ = unmount(mount_point);
-        failed(e)
-    })
-}
-
-fn mount_as_user(
-    adapter: Adapter,
-    mount_point: &Path,
-    config: &MountConfig,
-    mut session: Config,
-) -> Result<Session<Adapter>, MountError> {
-    session.mount_options = vec![
-        MountOption::FSName(config.name.clone()),
-        MountOption::Subtype(config.name.clone()),
-        MountOption::RO,
-        MountOption::NoSuid,
-        MountOption::NoDev,
-        MountOption::NoExec,
-        MountOption::DefaultPermissions,
-    ];
-    Session::new(adapter, mount_point, &session).map_err(|source| {
-        let text = source.to_string();
-        let device = OpenOptions::new().read(true).write(true).open("/dev/fuse").map(drop);
-        let device = device.map_err(|e| e.kind());
-        if device == Err(io::ErrorKind::NotFound) {
-            MountError::NoDevice
-        } else if device == Err(io::ErrorKind::PermissionDenied) {
-            MountError::Denied { doing: "open /dev/fuse".into() }
-        } else if text.contains("user_allow_other") {
-            MountError::NoAllowOther
-        } else if source.kind() == io::ErrorKind::NotFound {
-            MountError::NoFusermount
-        } else if source.kind() == io::ErrorKind::PermissionDenied {
-            MountError::Denied { doing: format!("mount ({})", text.trim()) }
-        } else {
-            MountError::Failed { mount_point: mount_point.into(), source }
-        }
-    })
 }

@@ -1,5 +1,7 @@
 //! Where a file's bytes come from.
 
+use std::os::fd::BorrowedFd;
+
 use crate::{FsError, FsResult, Problem};
 
 /// Names a decoded block. Two sources that hold the same block should give it the same key, so that it is kept once.
@@ -69,6 +71,22 @@ pub trait BlockSource: Send + Sync {
             buf.copy_from_slice(part.ok_or_else(|| FsError::new(Problem::Bug, "a part outside its block"))?);
             Ok(())
         })
+    }
+
+    /// As [`crate::File::lock`].
+    fn lock(&self) -> Option<BorrowedFd<'_>> {
+        None
+    }
+
+    /// Whether reads wait for a disk now, so that the next one might.
+    fn waits(&self) -> bool {
+        false
+    }
+
+    /// Told that a range of one run of [`SpanKind::Direct`] is read soon: a source on a disk has it brought in, without waiting for
+    /// it.
+    fn will_need(&self, offset: u64, len: u64) {
+        let _ = (offset, len);
     }
 
     /// Called behind a read that has been answered, when nobody else reads: work that prepares for the next read and that

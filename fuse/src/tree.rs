@@ -1,6 +1,7 @@
 //! What a filesystem is to the adapter: numbered nodes that never change their meaning.
 
 use std::ffi::{OsStr, OsString};
+use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 use std::time::SystemTime;
 
@@ -108,6 +109,16 @@ pub trait File: Send + Sync {
 
     /// Fills `buf` from `offset`; the range lies within the file. All of it, or an error.
     fn read(&self, offset: u64, buf: &mut [u8]) -> FsResult<()>;
+
+    /// A descriptor whose lock says that the file is in use. Who keeps the mount while its server is replaced keeps a copy of it.
+    fn lock(&self) -> Option<BorrowedFd<'_>> {
+        None
+    }
+
+    /// Whether reads of it wait for a disk now, so that this one might.
+    fn waits(&self) -> bool {
+        false
+    }
 
     /// Called when a read has been answered: work that no reader should wait for.
     fn replied(&self) {}

@@ -46,10 +46,10 @@ impl Mounted {
         for n in 0..1000 {
             tree.add(many, format!("name-{n}"), Node::File(Arc::new(Bytes(vec![n as u8; n])), n as u64));
         }
-        let config = MountConfig { threads: 4, allow_other: false, name: "knib-test".into() };
-        let server = Server::mount(tree.clone(), dir.path(), &config)
+        let config = MountConfig { allow_other: false, name: "knib-test".into() };
+        let server = Server::mount(tree.clone(), dir.path(), &config, 4)
             .expect("this test mounts: run it as root where /dev/fuse is");
-        let (files, stopper) = (server.open_files(), server.stopper());
+        let (files, stopper) = (server.open_files(), server.stopper().unwrap());
         let thread = Some(std::thread::spawn(move || server.run()));
         Self { dir, tree, source, cache, files, stopper, thread }
     }
@@ -292,8 +292,8 @@ fn locks_work_between_readers() {
 #[test]
 fn mounting_where_no_folder_is_fails_with_a_sentence() {
     let dir = tempfile::tempdir().unwrap();
-    let config = MountConfig { threads: 1, allow_other: false, name: "knib-test".into() };
+    let config = MountConfig { allow_other: false, name: "knib-test".into() };
     let nowhere = dir.path().join("nowhere");
-    let error = Server::mount(Arc::new(MemoryTree::new()), &nowhere, &config).err().unwrap();
+    let error = Server::mount(Arc::new(MemoryTree::new()), &nowhere, &config, 1).err().unwrap();
     assert!(error.to_string().contains("nowhere"), "{error}");
 }

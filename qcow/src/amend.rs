@@ -8,7 +8,7 @@ use crate::generation::Generation;
 use crate::header::{EXT_BITMAPS, incompatible};
 use crate::repair::sound;
 use crate::rw::ImageMut;
-use crate::{Control, Error, Gate, Header, Result, Storage, snapshot};
+use crate::{Control, Error, Gate, Header, Result, Storage, bitmap, snapshot};
 
 /// What is to change; `None` leaves it as it is.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -22,8 +22,8 @@ pub struct Amend {
 }
 
 /// Changes options of an image that nobody else uses. Each step takes effect by one write of the header. What version 2
-/// cannot say (subclusters, zstd, external data, snapshots' sizes, bitmaps) is refused with the reason before anything
-/// changes; clusters that read as zeros are made plain for it.
+/// cannot say (subclusters, zstd, external data, snapshots of other sizes) is refused with the reason before anything
+/// changes; clusters that read as zeros are made plain for it, and bitmaps, which it does not have, are removed.
 pub fn amend(storage: Arc<dyn Storage>, gate: &dyn Gate, what: &Amend, control: &Control) -> Result<()> {
     let (header, _) = sound(&storage, control)?;
     let version = what.version.unwrap_or(header.version);
@@ -49,9 +49,17 @@ pub fn amend(storage: Arc<dyn Storage>, gate: &dyn Gate, what: &Amend, control: 
             storage.sync().map_err(io)?;
         }
     } else if header.version >= 3 {
+        let zero = read_cluster_zero(&*storage, &header)?;
+        if extensions(&zero, &header).iter().any(|e| e.kind == EXT_BITMAPS) {
+            bitmap::remove_all(storage.clone(), control)?;
+        }
         let mut image = ImageMut::open(storage.clone(), gate)?;
         image.expand_zeros()?;
         drop(image);
+        if header.snapshot_count > 0 {
+            let (header, counted) = sound(&storage, control)?;
+            rebuild(&storage, header, counted, expand_snapshots)?;
+        }
         let header = Header::parse(&*storage)?;
         let mut edit = Edit::keep(&*storage, &header)?;
         edit.version = 2;
@@ -71,15 +79,16 @@ fn refuse(storage: &dyn Storage, header: &Header, version: u32, order: u32, lazy
     if version >= 3 {
         return Ok(());
     }
-    let zero = read_cluster_zero(storage, header)?;
+    // Version 2 does not say how large the disk was in a snapshot, nor that a VM's state is 4 GiB or more.
+    let fits = |s: &snapshot::Snapshot| s.disk_size == header.size && s.vm_state_size <= u64::from(u32::MAX);
+    let snapshots = if header.version >= 3 { snapshot::list(storage)? } else { Vec::new() };
     let newer = [
         (order != 4, "refcounts that are not 16 bits wide"),
         (lazy, "lazy refcounts"),
         (header.extended_l2(), "extended L2 entries"),
         (header.external_data(), "an external data file"),
         (header.incompatible & incompatible::COMPRESSION != 0, "zstd"),
-        (header.version >= 3 && header.snapshot_count > 0, "internal snapshots that version 3 made"),
-        (extensions(&zero, header).iter().any(|e| e.kind == EXT_BITMAPS), "bitmaps"),
+        (!snapshots.iter().all(fits), "internal snapshots of another disk size, or with a large VM state"),
     ];
     match newer.iter().find(|(there, _)| *there) {
         Some((_, what)) => refuse(format!("version 2 (compat 0.10) has no {what}")),
@@ -108,6 +117,51 @@ fn rebuild(
     let mut next = Generation::new(storage.clone(), header, counted)?;
     change(&mut next)?;
     next.finish().map(|_| ())
+}
+
+/// Replaces clusters of internal snapshots that are said to read as zeros by what says so without a flag.
+fn expand_snapshots(next: &mut Generation) -> Result<()> {
+    let mut all = snapshot::read_table(next.storage(), &next.header)?;
+    for snapshot in &mut all {
+        let mut l1 = next.read_l1(snapshot.l1_offset, snapshot.l1_size)?;
+        let mut changed = false;
+        for entry in &mut l1 {
+            let Some((offset, mut words)) = next.read_l2(*entry)? else { continue };
+            if expand_table(next, &mut words)? {
+                *entry = next.move_l2(offset, &words)?;
+                changed = true;
+            }
+        }
+        if changed {
+            next.drop_bytes(snapshot.l1_offset, u64::from(snapshot.l1_size) * 8);
+            let bytes: Vec<u8> = l1.iter().flat_map(|e| e.to_be_bytes()).collect();
+            snapshot.l1_offset = next.place((bytes.len() as u64).div_ceil(next.header.cluster_size()))?;
+            next.write(snapshot.l1_offset, &bytes, "the L1 table of a snapshot")?;
+        }
+    }
+    snapshot::put_table(next, &all)?;
+    // What the snapshots shared with the disk may be its own now.
+    let l1 = next.read_l1(next.header.l1_offset, next.header.l1_size)?;
+    next.activate(l1, false, true)
+}
+
+/// The same in one L2 table (without subclusters, which version 2 has not); whether there was such a cluster.
+fn expand_table(next: &mut Generation, words: &mut [u64]) -> Result<bool> {
+    let zeros = vec![0u8; next.header.cluster_size() as usize];
+    let mut changed = false;
+    for word in words {
+        if !matches!(L2::decode(*word, &next.header), Ok(L2::Zero { .. })) {
+            continue;
+        }
+        next.refer_entry(*word, false);
+        *word = 0;
+        if next.header.backing.is_some() {
+            *word = next.place(1)?;
+            next.write(*word, &zeros, "zeros")?;
+        }
+        changed = true;
+    }
+    Ok(changed)
 }
 
 impl ImageMut {

@@ -255,6 +255,12 @@ impl Chain {
         Some((self.layers.get(layer)?.data().identity()?, offset))
     }
 
+    /// The file that plain data lies in, and at which offset; `None` for all else.
+    pub(crate) fn file_of(&self, extent: &Extent) -> Option<(&dyn Storage, u64)> {
+        let ExtentKind::Data { layer, offset } = extent.kind else { return None };
+        Some((&**self.layers.get(layer)?.data(), offset))
+    }
+
     /// Reads `buf.len()` bytes of the guest's disk at `offset`.
     pub fn read_at(&self, buf: &mut [u8], offset: u64) -> Result<()> {
         let mut done = 0;

@@ -1,10 +1,11 @@
 //! Checks an image's metadata: every reference is counted from nothing and compared with the refcounts that are
 //! stored. Source: the qcow2 specification, "Host cluster management"; the rules are those of `qemu-img check`.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
+use std::fmt::{self, Display};
 use std::sync::atomic::Ordering;
 
-use crate::counts::Counts;
+use crate::counts::{Counts, clusters};
 use crate::entry::{COMPRESSED, COPIED, L2, OFFSET_MASK};
 use crate::refcount::{self, BLOCK_MASK};
 use crate::rw::BitmapDirectory;
@@ -27,6 +28,8 @@ pub struct Report {
     pub leaks: u64,
     /// Those of the corruptions that are copied flags, which may be wrong for a refcount's sake alone.
     pub flags: u64,
+    /// Clusters in use whose refcount is 0, which a writer would take for free: only [`crate::Repair::All`] helps.
+    pub uncounted: u64,
     /// The first of them in words, at most 100.
     pub messages: Vec<String>,
     /// How the clusters of the disk are laid out.
@@ -65,7 +68,8 @@ impl Report {
 }
 
 /// Checks all metadata of an image that nobody writes to. Damage is counted in the report; an error means that the
-/// check itself could not be done. Memory: 4 bytes for each cluster in use. `control` cancels and hears of the guest
+/// check itself could not be done. Memory: 4 bytes for each cluster in use, and about 24 for each
+/// one of a table. `control` cancels and hears of the guest
 /// bytes done.
 pub fn check(image: &Image, control: &Control) -> Result<Report> {
     let mut c = Check::new(image, control)?;
@@ -89,9 +93,33 @@ pub(crate) struct Counted {
 pub(crate) fn count(image: &Image, control: &Control) -> Result<Counted> {
     let mut c = Check::new(image, control)?;
     let blocks = c.count_all()?;
-    let (counts, structural) = (c.counts.clone(), c.report.corruptions - c.flags);
+    let overlaps = c.tables.keys().filter(|cluster| c.overlap(**cluster)).count() as u64;
+    let (counts, structural) = (c.counts.clone(), c.report.corruptions - c.flags + overlaps);
     c.compare(&blocks)?;
     Ok(Counted { report: c.report, structural, counts, blocks })
+}
+
+/// What a reference is for, as far as others may share the cluster.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Use {
+    /// The guest's data, of any number of guest clusters and snapshots.
+    Data,
+    /// An L2 table, which snapshots may share.
+    L2,
+    /// A table that is alone in its clusters.
+    Alone,
+}
+
+/// A cluster of the guest's disk, in messages.
+struct Guest<'a> {
+    cluster: u64,
+    owner: &'a str,
+}
+
+impl Display for Guest<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "guest cluster {} of {}", self.cluster, self.owner)
+    }
 }
 
 struct Check<'a> {
@@ -99,6 +127,8 @@ struct Check<'a> {
     header: &'a Header,
     len: u64,
     counts: Counts,
+    /// The clusters of tables: references as an L2 table, and as a table that is alone.
+    tables: HashMap<u64, (u32, u32)>,
     /// Corruptions that are copied flags alone.
     flags: u64,
     /// The refcount block that was read last: its number and bytes.
@@ -111,17 +141,29 @@ impl<'a> Check<'a> {
     fn new(image: &'a Image, control: &'a Control<'a>) -> Result<Self> {
         let storage = &**image.storage();
         let len = storage.len().map_err(|e| Error::io(storage.path(), "asking for the length", e))?;
-        let (counts, report) = (Counts::default(), Report::default());
-        Ok(Check { storage, header: image.header(), len, counts, flags: 0, stored: None, report, control })
+        Ok(Check {
+            storage,
+            header: image.header(),
+            len,
+            counts: Counts::default(),
+            tables: HashMap::new(),
+            flags: 0,
+            stored: None,
+            report: Report::default(),
+            control,
+        })
     }
 
     /// Counts every reference; the offsets of the refcount blocks that can be used.
     fn count_all(&mut self) -> Result<Vec<u64>> {
         let h = self.header;
         self.report.usage.total = h.size.div_ceil(h.cluster_size());
-        self.count(0, h.cluster_size(), "the header");
+        self.count(0, h.cluster_size(), "the header", Use::Alone);
+        if let Some(what) = &h.refcounts_lost {
+            self.report.corrupt(what.clone());
+        }
         let len = u64::from(h.refcount_table_clusters) << h.cluster_bits;
-        self.count(h.refcount_table_offset, len, "the refcount table");
+        self.count(h.refcount_table_offset, len, "the refcount table", Use::Alone);
         let table = self.refcount_table()?;
         self.l1(h.l1_offset, h.l1_size, true, "the disk")?;
         self.snapshots()?;
@@ -130,7 +172,7 @@ impl<'a> Check<'a> {
     }
 
     /// Counts a reference to every cluster of a range; one that leaves the file is a corruption.
-    fn count(&mut self, offset: u64, len: u64, what: &str) -> bool {
+    fn count(&mut self, offset: u64, len: u64, what: impl Display, used: Use) -> bool {
         let bits = self.header.cluster_bits;
         let end = offset.checked_add(len);
         if end.is_none_or(|e| e > self.len.next_multiple_of(1 << bits)) {
@@ -138,7 +180,20 @@ impl<'a> Check<'a> {
             return false;
         }
         self.counts.add_bytes(offset, len, bits);
+        if used != Use::Data {
+            for cluster in clusters(offset, len, bits) {
+                let (l2, alone) = self.tables.entry(cluster).or_default();
+                let n = if used == Use::L2 { l2 } else { alone };
+                *n = n.saturating_add(1);
+            }
+        }
         true
+    }
+
+    /// Whether the cluster holds a table and something else.
+    fn overlap(&self, cluster: u64) -> bool {
+        let Some((l2, alone)) = self.tables.get(&cluster) else { return false };
+        self.counts.get(cluster) != if *alone > 0 { 1 } else { *l2 }
     }
 
     fn words(&self, offset: u64, count: u64, what: &str) -> Result<Vec<u64>> {
@@ -173,7 +228,7 @@ impl<'a> Check<'a> {
             if aligned && !there && offset != 0 {
                 self.report.corrupt(format!("{what} at {offset:#x} lies outside the file"));
             }
-            let used = offset != 0 && there && self.count(offset, h.cluster_size(), &what);
+            let used = offset != 0 && there && self.count(offset, h.cluster_size(), &what, Use::Alone);
             *entry = if used { offset } else { 0 };
         }
         Ok(table)
@@ -191,7 +246,7 @@ impl<'a> Check<'a> {
             self.report.corrupt(format!("{what} at {offset:#x} ({bytes} bytes) lies outside the file"));
             return Ok(());
         }
-        if !self.count(offset, bytes, &what) {
+        if !self.count(offset, bytes, &what, Use::Alone) {
             return Ok(());
         }
         let span = h.l2_entries() << h.cluster_bits;
@@ -212,7 +267,7 @@ impl<'a> Check<'a> {
                     self.report.corrupt(format!("{what} at {l2:#x} is not aligned"));
                 } else if l2.checked_add(h.cluster_size()).is_none_or(|e| e > self.len) {
                     self.report.corrupt(format!("{what} at {l2:#x} lies outside the file"));
-                } else if self.count(l2, h.cluster_size(), &what) {
+                } else if self.count(l2, h.cluster_size(), &what, Use::L2) {
                     if active {
                         self.copied(entry & COPIED != 0, l2, &what)?;
                     }
@@ -238,7 +293,8 @@ impl<'a> Check<'a> {
             if word == 0 && subclusters == 0 {
                 continue;
             }
-            let what = || format!("guest cluster {} of {owner}", first + at as u64);
+            // There are many of them, and few are wrong.
+            let what = || Guest { cluster: first + at as u64, owner };
             let (allocated, zero) = (subclusters as u32, (subclusters >> 32) as u32);
             if word & COMPRESSED == 0 && word & L2_RESERVED != 0 {
                 self.report.corrupt(format!("{}: its entry has reserved bits", what()));
@@ -256,7 +312,7 @@ impl<'a> Check<'a> {
                         self.report.usage.compressed += 1;
                         self.report.usage.fragmented += 1;
                     }
-                    self.count(offset, max_len, &what());
+                    self.count(offset, max_len, what(), Use::Data);
                 }
                 Ok(L2::Data(offset) | L2::Zero { allocated: Some(offset) }) => {
                     if allocated & zero != 0 {
@@ -272,12 +328,12 @@ impl<'a> Check<'a> {
                         continue;
                     }
                     if offset < self.len {
-                        self.count(offset, h.cluster_size(), &what());
+                        self.count(offset, h.cluster_size(), what(), Use::Data);
                     } else {
                         self.report.corrupt(format!("{} at {offset:#x} lies outside the file", what()));
                     }
                     if active {
-                        self.copied(word & COPIED != 0, offset, &what())?;
+                        self.copied(word & COPIED != 0, offset, what())?;
                     }
                 }
                 Ok(L2::Unallocated | L2::Zero { allocated: None }) => {
@@ -291,7 +347,7 @@ impl<'a> Check<'a> {
     }
 
     /// The copied flag stands exactly where the stored refcount is 1.
-    fn copied(&mut self, flag: bool, offset: u64, what: &str) -> Result<()> {
+    fn copied(&mut self, flag: bool, offset: u64, what: impl Display) -> Result<()> {
         let count = self.stored_count(offset >> self.header.cluster_bits)?;
         // A refcount of 0 is told by the comparison too: QEMU counts both.
         if flag != (count == 1) {
@@ -354,7 +410,7 @@ impl<'a> Check<'a> {
             }
             at += (40 + field(36, 4) + field(12, 2) + field(14, 2)).next_multiple_of(8);
         }
-        self.count(h.snapshots_offset, at - h.snapshots_offset, "the snapshot table");
+        self.count(h.snapshots_offset, at - h.snapshots_offset, "the snapshot table", Use::Alone);
         Ok(())
     }
 
@@ -369,7 +425,7 @@ impl<'a> Check<'a> {
             }
             Err(e) => return Err(e),
         };
-        self.count(directory.offset, directory.bytes.len() as u64, "the bitmap directory");
+        self.count(directory.offset, directory.bytes.len() as u64, "the bitmap directory", Use::Alone);
         let entries = match directory.entries(self.storage.path()) {
             Ok(entries) => entries,
             Err(e) => {
@@ -389,11 +445,11 @@ impl<'a> Check<'a> {
                 self.report.corrupt(format!("the table of {what} at {offset:#x} lies outside the file"));
                 continue;
             }
-            self.count(offset, size * 8, &what);
+            self.count(offset, size * 8, &what, Use::Alone);
             for entry in self.words(offset, size, "a bitmap table")? {
                 let data = entry & OFFSET_MASK;
                 if data != 0 {
-                    self.count(data, h.cluster_size(), &what);
+                    self.count(data, h.cluster_size(), &what, Use::Alone);
                 }
             }
         }
@@ -413,17 +469,23 @@ impl<'a> Check<'a> {
             for at in 0..per_block {
                 let stored = refcount::get(&block, h.refcount_order, at as usize);
                 let cluster = number as u64 * per_block + at;
-                let counted = self.counts.take(cluster);
+                let overlap = self.overlap(cluster);
+                let counted = self.counts.get(cluster);
                 if stored > 0 || counted > 0 {
                     self.used(cluster);
                 }
                 if stored != u64::from(counted) {
                     self.differ(cluster, stored, u64::from(counted));
+                } else if overlap {
+                    self.report.corrupt(format!(
+                        "cluster {cluster}: a table, and something else too ({counted} references)"
+                    ));
                 }
             }
         }
         // What is left is used, and no block counts it.
-        let left: Vec<(u64, u32)> = self.counts.used().collect();
+        let has_block = |cluster: u64| table.get((cluster / per_block) as usize).is_some_and(|b| *b != 0);
+        let left: Vec<(u64, u32)> = self.counts.used().filter(|(cluster, _)| !has_block(*cluster)).collect();
         for (cluster, counted) in left {
             self.used(cluster);
             self.differ(cluster, 0, u64::from(counted));
@@ -438,6 +500,7 @@ impl<'a> Check<'a> {
 
     fn differ(&mut self, cluster: u64, stored: u64, counted: u64) {
         if stored < counted {
+            self.report.uncounted += u64::from(stored == 0);
             self.report.corrupt(format!("cluster {cluster}: refcount {stored}, but {counted} references"));
         } else {
             self.report.leaks += 1;

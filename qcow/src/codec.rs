@@ -124,6 +124,7 @@ pub struct Compressor {
     zstd: CCtx<'static>,
     tuned: Option<Tuned>,
     deflate: Compress,
+    finer: Option<Finer>,
 }
 
 /// Three ways for clusters of usual sizes, measured on the files of a Debian system. Where there is much to find, smaller
@@ -166,6 +167,22 @@ impl Tuned {
     }
 }
 
+/// Level 7 of deflate means 9 for a cluster whose last neighbour shrank little, and 6 for the others, whatever its size.
+/// Level 9 alone also takes matches of three bytes. Where literals are long they make the file 2–4 % smaller; where there
+/// is much to find they gain next to nothing. On the files of a Debian system the mixture takes no more time than level 7
+/// throughout, and the file is 1 % smaller.
+struct Finer {
+    deflate: Compress,
+    next: bool,
+}
+
+/// From this share of a cluster (in percent) on, what it shrank to has the next one compressed at level 9.
+const FINER: usize = 35;
+
+fn deflate(level: u32) -> Compress {
+    Compress::new_with_window_bits(Level::new(level), false, WINDOW_BITS)
+}
+
 impl Compressor {
     /// Contexts for one thread. The error is the reason.
     pub fn new(how: Compression) -> Result<Self, String> {
@@ -173,8 +190,9 @@ impl Compressor {
         let is_zstd = how.kind == CompressionType::Zstd;
         let zstd = if is_zstd { context(&[level])? } else { CCtx::create() };
         let tuned = (is_zstd && how.level == 3).then(Tuned::new).transpose()?;
-        let deflate = Compress::new_with_window_bits(Level::new(how.level.min(9)), false, WINDOW_BITS);
-        Ok(Self { how, zstd, tuned, deflate })
+        let finer = (!is_zstd && how.level == 7).then(|| Finer { deflate: deflate(9), next: false });
+        let deflate = deflate(if finer.is_some() { 6 } else { how.level.min(9) });
+        Ok(Self { how, zstd, tuned, deflate, finer })
     }
 
     /// Its codec.
@@ -186,6 +204,9 @@ impl Compressor {
     pub fn forget(&mut self) {
         if let Some(tuned) = &mut self.tuned {
             tuned.next = 0;
+        }
+        if let Some(finer) = &mut self.finer {
+            finer.next = false;
         }
     }
 
@@ -211,10 +232,18 @@ impl Compressor {
             }
             (CompressionType::Zstd, _) => self.zstd.compress2(target, guest).ok(),
             (CompressionType::Deflate, _) => {
-                self.deflate.reset();
+                let deflate = match &mut self.finer {
+                    Some(finer) if finer.next => &mut finer.deflate,
+                    _ => &mut self.deflate,
+                };
+                deflate.reset();
                 let status =
-                    self.deflate.compress(guest, target, FlushCompress::Finish).map_err(|e| e.to_string())?;
-                (status == Status::StreamEnd).then_some(self.deflate.total_out() as usize)
+                    deflate.compress(guest, target, FlushCompress::Finish).map_err(|e| e.to_string())?;
+                let len = (status == Status::StreamEnd).then_some(deflate.total_out() as usize);
+                if let Some(finer) = &mut self.finer {
+                    finer.next = len.is_some_and(|len| len * 100 >= guest.len() * FINER);
+                }
+                len
             }
         })
     }

@@ -6,10 +6,10 @@ use std::sync::{Arc, mpsc};
 use parking_lot::Mutex;
 
 use crate::chain::ExtentKind;
-use crate::rw::ImageMut;
-use crate::writer::pipeline;
+use crate::rw::{Content as _, ImageMut, Shown};
+use crate::writer::pipeline::{self, Jobs};
 use crate::{
-    Access, Chain, Control, Error, FileStorage, Format, LockedPaths, Locking, PlainPaths, Result, Run,
+    Access, Chain, Control, Error, FileStorage, Format, Gate, LockedPaths, Locking, PlainPaths, Result, Run,
     Source, Storage,
 };
 
@@ -26,12 +26,25 @@ pub fn commit(overlay: &Path, base: &Path, base_format: Format, control: &Contro
     let chain = Chain::open(overlay, Format::Qcow2, &PlainPaths)?;
     let storage = FileStorage::open(base, Access::ReadWrite)?;
     let (layers, _locks) = layers_above(&chain, &*storage, overlay)?;
+    commit_layers(&chain, layers, storage, base_format, &LockedPaths, control)
+}
+
+/// The same with the newest `layers` of a chain, into the image below them, which is open for writing in `base`. At any
+/// cut the chain shows what it showed. Locks are the caller's.
+pub fn commit_layers(
+    chain: &Chain,
+    layers: usize,
+    base: Arc<dyn Storage>,
+    base_format: Format,
+    gate: &dyn Gate,
+    control: &Control,
+) -> Result<()> {
     let mut target = match base_format {
-        Format::Raw => Target::Raw(storage),
-        Format::Qcow2 => Target::Qcow2(Box::new(ImageMut::open(storage, &LockedPaths)?)),
+        Format::Raw => Target::Raw(base),
+        Format::Qcow2 => Target::Qcow2(Box::new(ImageMut::open(base, gate)?)),
     };
     target.grow(chain.size())?;
-    let copied = copy(&chain, layers, &mut target, control);
+    let copied = copy(chain, layers, &mut target, control);
     if matches!(copied, Ok(()) | Err(Error::Cancelled)) {
         target.flush()?;
     }
@@ -59,12 +72,16 @@ fn copy(chain: &Chain, layers: usize, target: &mut Target, control: &Control) ->
     let source = Top { chain, layers };
     let spare = Mutex::new(Vec::<Vec<u8>>::new());
     let read = |(): &mut (), run: Run| {
-        let mut buf = spare.lock().pop().unwrap_or_default();
-        if !run.zero {
+        // The system copies plain data by itself, when its turn comes; what is compressed is unpacked here.
+        let copy = run.zero || source.is_plain(run)?;
+        let mut bytes = None;
+        if !copy {
+            let mut buf = spare.lock().pop().unwrap_or_default();
             buf.resize(run.len as usize, 0);
             source.read(run.start, &mut buf)?;
+            bytes = Some(buf);
         }
-        Ok((run, buf))
+        Ok((run, bytes))
     };
     std::thread::scope(|scope| {
         // What lies on the device already is not waited for at the end. The order of writes stays what it is: nothing
@@ -77,17 +94,22 @@ fn copy(chain: &Chain, layers: usize, target: &mut Target, control: &Control) ->
         let mut fresh = 0;
         let copied = pipeline::run(
             &source,
-            512,
+            Jobs { cluster: 512, bytes: STEP },
             control,
             || Ok(()),
             read,
-            |(run, buf)| {
+            |(run, bytes)| {
                 if run.zero {
                     return target.write_zeroes(run.start, run.len);
                 }
-                target.write_at(&buf, run.start)?;
+                match bytes {
+                    Some(bytes) => {
+                        target.write_at(&bytes, run.start)?;
+                        spare.lock().push(bytes);
+                    }
+                    None => target.copy_at(chain, run.start, run.len)?,
+                }
                 fresh += run.len;
-                spare.lock().push(buf);
                 // Where the last one is not through yet, it takes this along.
                 if fresh >= SYNC_EVERY && tick.try_send(()).is_ok() {
                     fresh = 0;
@@ -106,6 +128,21 @@ fn copy(chain: &Chain, layers: usize, target: &mut Target, control: &Control) ->
 struct Top<'a> {
     chain: &'a Chain,
     layers: usize,
+}
+
+impl Top<'_> {
+    /// Whether all of a run is plain data in files.
+    fn is_plain(&self, run: Run) -> Result<bool> {
+        let (mut at, end) = (run.start, run.start + run.len);
+        while at < end {
+            let extent = self.chain.top_extent_at(self.layers, at)?;
+            if !matches!(extent.kind, ExtentKind::Data { .. }) {
+                return Ok(false);
+            }
+            at += extent.len;
+        }
+        Ok(true)
+    }
 }
 
 impl Source for Top<'_> {
@@ -142,7 +179,7 @@ impl Source for Top<'_> {
 }
 
 enum Target {
-    Raw(Arc<FileStorage>),
+    Raw(Arc<dyn Storage>),
     Qcow2(Box<ImageMut>),
 }
 
@@ -172,6 +209,13 @@ impl Target {
                 .write_at(buf, offset)
                 .map_err(|e| Error::io(raw.path(), format!("writing {} bytes at {offset}", buf.len()), e)),
             Target::Qcow2(image) => image.write_at(buf, offset),
+        }
+    }
+
+    fn copy_at(&mut self, chain: &Chain, offset: u64, len: u64) -> Result<()> {
+        match self {
+            Target::Raw(raw) => Shown { chain, offset }.put(&**raw, 0..len, offset),
+            Target::Qcow2(image) => image.copy_at(chain, offset, len),
         }
     }
 

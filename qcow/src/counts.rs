@@ -5,20 +5,41 @@ use std::collections::HashMap;
 /// Clusters in one part.
 const PART: u64 = 4096;
 
+/// The counts of one part.
+type Part = Box<[u32; PART as usize]>;
+
 /// References counted by cluster.
 #[derive(Clone, Default)]
 pub(crate) struct Counts {
-    parts: HashMap<u64, Box<[u32; PART as usize]>>,
+    /// The part that was used last, by its number: references come mostly in order.
+    current: Option<(u64, Part)>,
+    /// The others.
+    parts: HashMap<u64, Part>,
 }
 
 impl Counts {
+    fn part(&self, number: u64) -> Option<&Part> {
+        match &self.current {
+            Some((at, part)) if *at == number => Some(part),
+            _ => self.parts.get(&number),
+        }
+    }
+
     pub(crate) fn get(&self, cluster: u64) -> u32 {
-        let part = self.parts.get(&(cluster / PART));
+        let part = self.part(cluster / PART);
         part.and_then(|p| p.get((cluster % PART) as usize)).copied().unwrap_or(0)
     }
 
     fn slot(&mut self, cluster: u64) -> &mut u32 {
-        let part = self.parts.entry(cluster / PART).or_insert_with(|| Box::new([0; PART as usize]));
+        let number = cluster / PART;
+        let (_, part) = match self.current.take() {
+            Some(current) if current.0 == number => self.current.insert(current),
+            other => {
+                self.parts.extend(other);
+                let part = self.parts.remove(&number);
+                self.current.insert((number, part.unwrap_or_else(|| Box::new([0; PART as usize]))))
+            }
+        };
         &mut part[(cluster % PART) as usize]
     }
 
@@ -46,17 +67,13 @@ impl Counts {
         }
     }
 
-    /// The count of a cluster, which is then 0.
-    pub(crate) fn take(&mut self, cluster: u64) -> u32 {
-        if self.get(cluster) == 0 { 0 } else { std::mem::take(self.slot(cluster)) }
-    }
-
     /// Every cluster that is referred to, in order, with its count.
     pub(crate) fn used(&self) -> impl Iterator<Item = (u64, u32)> {
-        let mut parts: Vec<u64> = self.parts.keys().copied().collect();
+        let current = self.current.iter().map(|(number, _)| *number);
+        let mut parts: Vec<u64> = self.parts.keys().copied().chain(current).collect();
         parts.sort_unstable();
         parts.into_iter().flat_map(move |part| {
-            let counts = self.parts.get(&part).map_or(&[][..], |p| &p[..]);
+            let counts = self.part(part).map_or(&[][..], |p| &p[..]);
             let numbered = counts.iter().enumerate().filter(|(_, n)| **n != 0);
             numbered.map(move |(i, n)| (part * PART + i as u64, *n))
         })
@@ -64,7 +81,7 @@ impl Counts {
 }
 
 /// The clusters that a range of bytes touches.
-fn clusters(offset: u64, len: u64, cluster_bits: u32) -> std::ops::Range<u64> {
+pub(crate) fn clusters(offset: u64, len: u64, cluster_bits: u32) -> std::ops::Range<u64> {
     if len == 0 {
         return 0..0;
     }
@@ -84,7 +101,7 @@ mod tests {
         assert_eq!(counts.used().collect::<Vec<_>>(), [(1, 2), (2, 1), (5000, 1), (5001, 1)]);
         counts.remove_bytes(1000, 100, 9);
         counts.remove(77);
-        assert_eq!((counts.get(1), counts.get(2), counts.take(5000), counts.take(5000)), (1, 0, 1, 0));
-        assert_eq!(counts.used().count(), 2);
+        assert_eq!((counts.get(1), counts.get(2), counts.get(5000), counts.get(9000)), (1, 0, 1, 0));
+        assert_eq!(counts.used().count(), 3);
     }
 }

@@ -80,7 +80,12 @@ pub fn create_with(dest: Arc<dyn Storage>, new: &CreateOptions) -> Result<()> {
     let layout = Layout::of(new, path)?;
     let zero = layout.header(new, path)?;
     let io = |doing: &'static str| move |e| Error::io(path, doing, e);
-    dest.set_len(0).map_err(io("emptying"))?;
+    if dest.len().map_err(io("asking for the length"))? > 0 {
+        // The header of an image that was here before must not survive among the new tables.
+        dest.write_at(&[0; SECTOR], 0).map_err(io("clearing the header"))?;
+        dest.set_len(0).map_err(io("emptying"))?;
+        dest.sync().map_err(io("syncing"))?;
+    }
     dest.set_len(layout.clusters << layout.cluster_bits).map_err(io("growing"))?;
     if dest.len().map_err(io("asking for the length"))? > layout.clusters << layout.cluster_bits {
         // A block device keeps what it held.
@@ -426,8 +431,11 @@ impl Edit {
         let apart =
             name_at >= old_end && old_name.is_none_or(|old| old.end <= name_at || h.len() <= old.start);
         if apart {
-            storage.write_at(&h[name_at..], name_at as u64).map_err(io("writing the backing file's name"))?;
-            storage.sync().map_err(io("syncing"))?;
+            let name = &h[name_at..];
+            if !name.is_empty() {
+                storage.write_at(name, name_at as u64).map_err(io("writing the backing file's name"))?;
+                storage.sync().map_err(io("syncing"))?;
+            }
             h.truncate(ext_end);
         }
         storage.write_at(&h, 0).map_err(io("writing the header"))?;

@@ -24,6 +24,16 @@ pub trait Gate: Send + Sync {
         name: &str,
         format: Option<&str>,
     ) -> Result<(Arc<dyn Storage>, Format)>;
+
+    /// Opens the external data file `name` of `from`, an image that is being written, or refuses as [`Gate::open`] does: for writing,
+    /// with the writer's locks, or for reading beside that.
+    fn open_data(&self, from: &Path, name: &str, access: Access) -> Result<Arc<dyn Storage>> {
+        let (allowed, _) = self.open(from, Implicit::DataFile, name, Some(Format::Raw.name()))?;
+        let data = allowed.path().to_owned();
+        // Its locks would be in the way of the writer's.
+        drop(allowed);
+        Ok(FileStorage::open(&data, access)?)
+    }
 }
 
 /// Follows plain paths, relative to the image, with an explicit format; nothing else.

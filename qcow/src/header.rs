@@ -110,6 +110,8 @@ pub struct Header {
     pub header_length: u32,
     /// Offset and length of the backing file's name in bytes.
     pub backing_at: (u64, u32),
+    /// What is wrong with the refcount table's place; the fields above are 0 then.
+    pub(crate) refcounts_lost: Option<String>,
 }
 
 fn be32(b: &[u8], at: usize) -> u32 {
@@ -123,6 +125,18 @@ fn be64(b: &[u8], at: usize) -> u64 {
 impl Header {
     /// Reads and checks the header. Errors name the field.
     pub fn parse(storage: &dyn Storage) -> Result<Header> {
+        let header = Self::parse_for_repair(storage)?;
+        match header.refcounts_lost {
+            Some(what) => Err(Error::damaged(
+                storage.path(),
+                format!("{what}: `knibfs img check -r all` counts and writes the refcounts anew"),
+            )),
+            None => Ok(header),
+        }
+    }
+
+    /// The same for a check or repair: the refcount table may be anywhere, since it can be made anew.
+    pub(crate) fn parse_for_repair(storage: &dyn Storage) -> Result<Header> {
         let path = storage.path();
         let damaged = |what: String| Error::damaged(path, what);
         let file_len = storage.len().map_err(|e| Error::io(path, "asking for the length", e))?;
@@ -215,7 +229,12 @@ impl Header {
             data_file: None,
             header_length,
             backing_at: (be64(&first, 8), be32(&first, 16)),
+            refcounts_lost: None,
         };
+        header.refcounts_lost = header.wrong_refcount_table(file_len);
+        if header.refcounts_lost.is_some() {
+            (header.refcount_table_offset, header.refcount_table_clusters) = (0, 0);
+        }
         header.check_tables(path, file_len)?;
         let mut zero = vec![0u8; cluster.min(file_len) as usize];
         read_exact(storage, &mut zero, 0, "the header")?;
@@ -238,27 +257,33 @@ impl Header {
                 self.l1_size, self.size
             ));
         }
-        for (name, offset, len) in [
-            ("L1 table", self.l1_offset, u64::from(self.l1_size) * 8),
-            ("refcount table", self.refcount_table_offset, u64::from(self.refcount_table_clusters) * cluster),
-        ] {
-            if offset % cluster != 0 {
-                return damaged(format!("the {name}'s offset {offset} is not aligned"));
-            }
-            if len > 0
-                && (offset == 0
-                    || offset.checked_add(len).is_none_or(|end| end > file_len.next_multiple_of(cluster)))
-            {
-                return damaged(format!("the {name} at {offset} lies outside the file"));
-            }
-        }
-        if self.refcount_table_clusters == 0 || u64::from(self.refcount_table_clusters) * cluster > 8 << 20 {
-            return damaged(format!("the refcount table has {} clusters", self.refcount_table_clusters));
+        let l1 = self.wrong_place("L1 table", self.l1_offset, u64::from(self.l1_size) * 8, file_len);
+        if let Some(what) = l1 {
+            return damaged(what);
         }
         if self.snapshot_count > 65_536 || !self.snapshots_offset.is_multiple_of(cluster) {
             return damaged("the snapshot table's fields are out of range".into());
         }
         Ok(())
+    }
+
+    fn wrong_refcount_table(&self, file_len: u64) -> Option<String> {
+        let len = u64::from(self.refcount_table_clusters) * self.cluster_size();
+        if len == 0 || len > 8 << 20 {
+            return Some(format!("the refcount table has {} clusters", self.refcount_table_clusters));
+        }
+        self.wrong_place("refcount table", self.refcount_table_offset, len, file_len)
+    }
+
+    /// What is wrong with the place of a table.
+    fn wrong_place(&self, name: &str, offset: u64, len: u64, file_len: u64) -> Option<String> {
+        let cluster = self.cluster_size();
+        if !offset.is_multiple_of(cluster) {
+            return Some(format!("the {name}'s offset {offset} is not aligned"));
+        }
+        let end = offset.checked_add(len).filter(|end| *end <= file_len.next_multiple_of(cluster));
+        (len > 0 && (offset == 0 || end.is_none()))
+            .then(|| format!("the {name} at {offset} lies outside the file"))
     }
 
     fn parse_names(&mut self, path: &std::path::Path, zero: &[u8]) -> Result<()> {

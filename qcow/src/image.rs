@@ -49,9 +49,10 @@ impl Image {
         Ok(Image { storage, data, header, l1, file_len, data_len })
     }
 
-    /// Opens an image whose guest data is not wanted: no other file is opened.
-    pub(crate) fn open_tables(storage: Arc<dyn Storage>) -> Result<Image> {
-        let header = Header::parse(&*storage)?;
+    /// Opens an image for [`crate::check`] alone: no other file is opened, guest data cannot be read, and a refcount
+    /// table that the header puts where none can be is no reason to refuse.
+    pub fn open_tables(storage: Arc<dyn Storage>) -> Result<Image> {
+        let header = Header::parse_for_repair(&*storage)?;
         let file_len = storage.len().map_err(|e| Error::io(storage.path(), "asking for the length", e))?;
         let l1 = Vec::new();
         Ok(Image { data: storage.clone(), storage, header, l1, file_len, data_len: file_len })

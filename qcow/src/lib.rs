@@ -123,7 +123,7 @@ pub use amend::{Amend, amend};
 pub use chain::{Chain, Extent, ExtentKind};
 pub use check::{Report, Usage, check};
 pub use codec::Compression;
-pub use commit::commit;
+pub use commit::{commit, commit_layers};
 pub use compare::{Difference, compare};
 pub use create::{CreateOptions, create, create_with, set_backing};
 pub use decoder::decompress_verified;
@@ -139,5 +139,6 @@ pub use rw::{Backing, ImageMut, Preallocation};
 pub use status::{Layers, Status};
 pub use storage::{Access, FileStorage, Storage};
 pub use writer::{
-    ChainSource, Control, NewImage, NoObserver, Observer, Place, Run, Source, Written, write_image, write_raw,
+    Before, ChainSource, Control, NewImage, NoObserver, Observer, Place, Run, Sink, Source, Written,
+    write_image, write_raw,
 };

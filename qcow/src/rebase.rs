@@ -1,17 +1,18 @@
 //! Another backing file under an image that goes on to show what it showed.
 
+use std::ops::Range;
+use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
-use std::time::Instant;
 
 use crate::chain::ExtentKind;
 use crate::codec::Compressor;
 use crate::create::set_backing_in;
-use crate::rw::{Backing, ImageMut};
-use crate::{Chain, Compression, Control, Error, Format, Gate, Implicit, Result, Storage};
-
-/// Guest bytes that are compared at once.
-const STEP: u64 = 2 << 20;
+use crate::rw::{Backing, ImageMut, compress_cluster};
+use crate::writer::is_zero;
+use crate::writer::pipeline::{self, COPY_BYTES, Jobs};
+use crate::{
+    Access, Chain, Compression, Control, Error, Format, Gate, Implicit, Result, Run, Source, Storage,
+};
 
 /// Gives the image in `storage` (open for writing) another backing file, or none. Where the image says nothing itself
 /// and the two backing chains differ, what it showed is copied into it first, compressed if asked for; a cut leaves
@@ -24,7 +25,7 @@ pub fn rebase(
     control: &Control,
 ) -> Result<()> {
     let path = storage.path().to_owned();
-    let old = Chain::from_storage(storage.clone(), Format::Qcow2, gate)?;
+    let old = Chain::from_storage(storage.clone(), Format::Qcow2, &Own { gate, path: &path })?;
     let new = match name {
         None => None,
         Some((name, format)) => {
@@ -41,13 +42,32 @@ pub fn rebase(
         // Zeros must be said where something will lie below.
         ImageMut::open_over(storage.clone(), gate, Some(Box::new(Zeros(old.size()))))?
     };
-    let compressor = compression
-        .map(|c| Compressor::new(Compression { kind: image.header().compression, ..c }))
-        .transpose()
-        .map_err(|why| Error::unsupported(&path, why))?;
-    Rebase { old: &old, new: new.as_ref(), image: &mut image, compressor, control }.run()?;
+    let compression = compression.map(|c| Compression { kind: image.header().compression, ..c });
+    let cluster = image.header().cluster_size();
+    Differing { old: &old, new: new.as_ref(), cluster }.copy_into(&mut image, &path, compression, control)?;
     drop(image);
     set_backing_in(&*storage, name.map(|(name, _)| name), name.map(|(_, format)| format))
+}
+
+/// Opens the external data file of the image itself to be read beside the writer, whose lock it is.
+struct Own<'a> {
+    gate: &'a dyn Gate,
+    path: &'a Path,
+}
+
+impl Gate for Own<'_> {
+    fn open(
+        &self,
+        from: &Path,
+        kind: Implicit,
+        name: &str,
+        format: Option<&str>,
+    ) -> Result<(Arc<dyn Storage>, Format)> {
+        if kind == Implicit::DataFile && from == self.path {
+            return Ok((self.gate.open_data(from, name, Access::Read)?, Format::Raw));
+        }
+        self.gate.open(from, kind, name, format)
+    }
 }
 
 /// What an image without backing file shows where it says nothing.
@@ -63,47 +83,64 @@ impl Backing for Zeros {
     }
 }
 
-struct Rebase<'a, 'c> {
+/// Where the image says nothing itself, and the old and the new backing chain may differ.
+struct Differing<'a> {
     old: &'a Chain,
     new: Option<&'a Chain>,
-    image: &'a mut ImageMut,
-    compressor: Option<Compressor>,
-    control: &'a Control<'c>,
+    cluster: u64,
 }
 
-impl Rebase<'_, '_> {
-    fn run(mut self) -> Result<()> {
-        let (size, begun) = (self.old.size(), Instant::now());
-        let (mut at, mut read) = (0, 0u64);
-        let (mut shown, mut below) = (Vec::new(), Vec::new());
-        while at < size {
-            if self.control.cancel.load(Ordering::Relaxed) {
-                return Err(Error::Cancelled);
-            }
-            let own = self.old.top_extent_at(1, at)?;
-            // Without a backing file the chain itself says that nobody says anything.
-            if !matches!(own.kind, ExtentKind::Absent | ExtentKind::Zero { layer: None }) {
-                at += own.len;
-                continue;
-            }
-            let len = own.len.min((at / STEP + 1) * STEP - at);
-            let (len, same) = self.same(at, len)?;
-            if !same {
-                shown.resize(len as usize, 0);
-                below.resize(len as usize, 0);
-                self.old.read_at(&mut shown, at)?;
-                match self.new {
-                    Some(new) => new.read(&mut below, at)?,
-                    None => below.fill(0),
+/// What one thread keeps from job to job.
+struct Worker {
+    compressor: Option<Compressor>,
+    shown: Vec<u8>,
+    below: Vec<u8>,
+}
+
+/// What the image is to say of a cluster, or a part of one, by itself.
+enum Change {
+    Zeros,
+    Plain(Vec<u8>),
+    Stored(Vec<u8>),
+}
+
+impl Differing<'_> {
+    /// Bytes that are compared at once: whole clusters.
+    fn step(&self) -> u64 {
+        COPY_BYTES.max(self.cluster)
+    }
+
+    fn copy_into(
+        &self,
+        image: &mut ImageMut,
+        path: &Path,
+        compression: Option<Compression>,
+        control: &Control,
+    ) -> Result<()> {
+        let new_worker = || {
+            let compressor = compression.map(Compressor::new).transpose();
+            let compressor = compressor.map_err(|why| Error::unsupported(path, why))?;
+            Ok(Worker { compressor, shown: Vec::new(), below: Vec::new() })
+        };
+        let make = |worker: &mut Worker, run: Run| worker.changes(self, run, path);
+        let take = |changes: Vec<(Range<u64>, Change)>| {
+            for (range, change) in changes {
+                let len = range.end - range.start;
+                match (change, compression) {
+                    (Change::Zeros, _) => image.write_zeroes(range.start, len)?,
+                    (Change::Stored(stored), Some(c)) => {
+                        image.write_stored(c.kind, &stored, range.start, len)?;
+                    }
+                    (Change::Plain(bytes) | Change::Stored(bytes), _) => {
+                        image.write_at(&bytes, range.start)?;
+                    }
                 }
-                self.copy(at, &shown, &below)?;
-                read += len;
-                self.control.pace(begun, read)?;
             }
-            at += len;
-            (self.control.progress)(at);
-        }
-        self.image.flush()
+            Ok(())
+        };
+        pipeline::run(self, Jobs { cluster: 1, bytes: self.step() }, control, new_worker, make, take)?;
+        (control.progress)(self.old.size());
+        image.flush()
     }
 
     /// Whether both chains show the same from `at` on without being read, and up to where that is known.
@@ -123,27 +160,89 @@ impl Rebase<'_, '_> {
         }
     }
 
-    /// Writes the clusters of `shown` that differ from `below`.
-    fn copy(&mut self, offset: u64, shown: &[u8], below: &[u8]) -> Result<()> {
-        let cluster = self.image.header().cluster_size();
-        let mut from = 0;
-        while from < shown.len() {
-            let at = offset + from as u64;
-            let to = shown.len().min(((at / cluster + 1) * cluster - offset) as usize);
-            let part = &shown[from..to];
-            if part != &below[from..to] {
-                let whole = at.is_multiple_of(cluster)
-                    && (part.len() as u64 == cluster || at + part.len() as u64 == self.image.size());
-                if part.iter().all(|b| *b == 0) {
-                    self.image.write_zeroes(at, part.len() as u64)?;
-                } else if let (Some(compressor), true) = (&mut self.compressor, whole) {
-                    self.image.write_compressed(compressor, part, at)?;
-                } else {
-                    self.image.write_at(part, at)?;
-                }
-            }
-            from = to;
+    /// Whether `at` is to be compared, and up to where that holds.
+    fn look(&self, at: u64) -> Result<(u64, bool)> {
+        let own = self.old.top_extent_at(1, at)?;
+        // Without a backing file the chain itself says that nobody says anything.
+        if !matches!(own.kind, ExtentKind::Absent | ExtentKind::Zero { layer: None }) {
+            return Ok((own.len, false));
         }
-        Ok(())
+        let (len, same) = self.same(at, own.len)?;
+        Ok((len, !same))
+    }
+}
+
+impl Source for Differing<'_> {
+    fn next(&self, from: u64) -> Result<Option<Run>> {
+        let size = self.old.size();
+        let mut at = from;
+        while at < size {
+            let (mut len, differs) = self.look(at)?;
+            if !differs {
+                at += len;
+                continue;
+            }
+            // Up to a multiple of the step, so that clusters are not cut.
+            let most = (at / self.step() + 1) * self.step() - at;
+            while len < most && at + len < size {
+                let (more, differs) = self.look(at + len)?;
+                if !differs {
+                    break;
+                }
+                len += more;
+            }
+            return Ok(Some(Run { start: at, len: len.min(most), zero: false }));
+        }
+        Ok(None)
+    }
+
+    fn read(&self, offset: u64, buf: &mut [u8]) -> Result<()> {
+        self.old.read_at(buf, offset)
+    }
+}
+
+impl Worker {
+    /// The clusters of a run that show something else through the new chain.
+    fn changes(&mut self, of: &Differing<'_>, run: Run, path: &Path) -> Result<Vec<(Range<u64>, Change)>> {
+        self.shown.resize(run.len as usize, 0);
+        self.below.resize(run.len as usize, 0);
+        of.read(run.start, &mut self.shown)?;
+        match of.new {
+            Some(new) => new.read(&mut self.below, run.start)?,
+            None => self.below.fill(0),
+        }
+        let mut changes = Vec::new();
+        let (mut at, end) = (run.start, run.start + run.len);
+        while at < end {
+            let stop = end.min((at / of.cluster + 1) * of.cluster);
+            let range = (at - run.start) as usize..(stop - run.start) as usize;
+            let part = &self.shown[range.clone()];
+            if part != &self.below[range] {
+                let whole = at.is_multiple_of(of.cluster)
+                    && (stop.is_multiple_of(of.cluster) || stop == of.old.size());
+                let change = Self::change(self.compressor.as_mut().filter(|_| whole), part, of.cluster);
+                let change = change.map_err(|why| Error::unsupported(path, why))?;
+                changes.push((at..stop, change));
+            }
+            at = stop;
+        }
+        Ok(changes)
+    }
+
+    fn change(
+        compressor: Option<&mut Compressor>,
+        part: &[u8],
+        cluster: u64,
+    ) -> std::result::Result<Change, String> {
+        if is_zero(part) {
+            return Ok(Change::Zeros);
+        }
+        let mut stored = Vec::new();
+        if let Some(compressor) = compressor
+            && compress_cluster(compressor, part, cluster, &mut stored)?
+        {
+            return Ok(Change::Stored(stored));
+        }
+        Ok(Change::Plain(part.to_vec()))
     }
 }

@@ -21,6 +21,8 @@ pub(crate) fn get(block: &[u8], order: u32, index: usize) -> u64 {
             let byte = block.get(bit / 8).copied().unwrap_or(0);
             u64::from(byte >> (bit % 8)) & ((1 << width) - 1)
         }
+        // The usual width.
+        4 => block.as_chunks::<2>().0.get(index).map_or(0, |b| u64::from(u16::from_be_bytes(*b))),
         _ => {
             let bytes = 1usize << (order - 3);
             let at = index * bytes;
@@ -263,8 +265,8 @@ impl Refcounts {
             self.set(index, 1)?;
             own.push((index, true));
         }
+        // Nothing points to the blocks or the new table before the header does.
         self.write_blocks()?;
-        self.storage.sync().map_err(|e| self.io("syncing", e))?;
         self.table_offset = (start + blocks) << self.cluster_bits;
         let bytes: Vec<u8> = self.table.iter().flat_map(|e| e.to_be_bytes()).collect();
         self.storage

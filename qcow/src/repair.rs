@@ -91,7 +91,7 @@ fn look(storage: &Arc<dyn Storage>, control: &Control) -> Result<Counted> {
 }
 
 fn rebuild(storage: &Arc<dyn Storage>, counted: Counted) -> Result<()> {
-    let header = Header::parse(&**storage)?;
+    let header = Header::parse_for_repair(&**storage)?;
     let (l1_offset, l1_size) = (header.l1_offset, header.l1_size);
     let mut next = Generation::new(storage.clone(), header, counted)?;
     let l1 = next.read_l1(l1_offset, l1_size)?;

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use crate::generation::Generation;
 use crate::repair::sound;
 use crate::rw::{ImageMut, mark_bitmaps};
-use crate::{Control, Error, FileStorage, Gate, Header, Preallocation, Result, Storage, snapshot};
+use crate::{Access, Control, Error, Gate, Header, Preallocation, Result, Storage, snapshot};
 
 /// Gives the disk another size in bytes. A larger disk shows zeros in its new part, which is preallocated as `how`
 /// says. A smaller one loses what lay past its new end: that is refused unless `shrink` says that it is meant.
@@ -29,7 +29,7 @@ pub fn resize(
     if size >= old {
         let mut image = ImageMut::open(storage, gate)?;
         image.grow(size)?;
-        return image.preallocate(old..size, how);
+        return image.preallocate_zeros(old..size, how);
     }
     if !shrink {
         return Err(Error::unsupported(
@@ -38,12 +38,7 @@ pub fn resize(
         ));
     }
     let data = match (&header.data_file, header.external_data()) {
-        (Some(name), true) => {
-            let (allowed, _) = gate.open(storage.path(), crate::Implicit::DataFile, name, None)?;
-            let path = allowed.path().to_owned();
-            drop(allowed);
-            Some(FileStorage::open(&path, crate::Access::ReadWrite)?)
-        }
+        (Some(name), true) => Some(gate.open_data(storage.path(), name, Access::ReadWrite)?),
         _ => None,
     };
     cut(&storage, size, control)?;

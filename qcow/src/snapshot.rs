@@ -224,7 +224,7 @@ pub(crate) fn complete(next: &mut Generation) -> Result<()> {
 }
 
 /// Writes the table of snapshots in place of the present one.
-fn put_table(next: &mut Generation, all: &[Snapshot]) -> Result<()> {
+pub(crate) fn put_table(next: &mut Generation, all: &[Snapshot]) -> Result<()> {
     let path = next.path().to_owned();
     let old = read_table(next.storage(), &next.header)?.iter().map(Snapshot::entry_len).sum();
     next.drop_bytes(next.header.snapshots_offset, old);

@@ -2,6 +2,7 @@
 
 use std::fs::{File, OpenOptions};
 use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -28,6 +29,17 @@ pub trait Storage: Send + Sync {
     /// Asks the system to begin with writing a range to the device, without waiting: less is left for [`Storage::sync`].
     fn begin_write_back(&self, offset: u64, len: u64) {
         let _ = (offset, len);
+    }
+    /// Has the system copy `len` bytes at `from` of another file to `offset`, without them passing through this process;
+    /// on file systems that can share space they take none. Returns how many it did, from the first on: what is left, all
+    /// of it where it cannot do this, is for the caller to read and write, who is then told of errors.
+    fn copy_from(&self, source: &dyn Storage, from: u64, offset: u64, len: u64) -> u64 {
+        let _ = (source, from, offset, len);
+        0
+    }
+    /// The file, where the system may copy out of it.
+    fn descriptor(&self) -> Option<BorrowedFd<'_>> {
+        None
     }
     /// Makes a range read as zeros, and frees its space where the file system can.
     fn punch(&self, offset: u64, len: u64) -> io::Result<()>;
@@ -164,6 +176,27 @@ impl Storage for FileStorage {
         let _ = rustix::fs::fadvise(&self.file, offset, len, rustix::fs::Advice::DontNeed);
     }
 
+    fn copy_from(&self, source: &dyn Storage, from: u64, offset: u64, len: u64) -> u64 {
+        let Some(source) = source.descriptor() else { return 0 };
+        let (mut from, mut to, mut left) = (from, offset, len);
+        while left > 0 {
+            let most = usize::try_from(left).unwrap_or(usize::MAX);
+            let copied =
+                rustix::fs::copy_file_range(source, Some(&mut from), &self.file, Some(&mut to), most);
+            match copied {
+                Ok(n) if n > 0 => left = left.saturating_sub(n as u64),
+                Err(rustix::io::Errno::INTR) => {}
+                // The end of the source, files that lie too far apart, or an error that will come up again.
+                _ => break,
+            }
+        }
+        len - left
+    }
+
+    fn descriptor(&self) -> Option<BorrowedFd<'_>> {
+        Some(self.file.as_fd())
+    }
+
     fn punch(&self, offset: u64, len: u64) -> io::Result<()> {
         use rustix::fs::FallocateFlags as F;
         let end = offset.saturating_add(len).min(self.len()?);
@@ -241,4 +274,27 @@ pub(crate) fn read_exact(storage: &dyn Storage, buf: &mut [u8], offset: u64, wha
         ));
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_system_copies_what_the_source_has_and_says_how_much_that_is() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = |name: &str| FileStorage::create_new(&dir.path().join(name)).unwrap();
+        let (from, to) = (file("from"), file("to"));
+        let bytes: Vec<u8> = (0..100_000u32).map(|n| (n / 7) as u8).collect();
+        from.write_at(&bytes, 0).unwrap();
+        to.write_at(&[9; 300_000], 0).unwrap();
+        assert_eq!(to.copy_from(&*from, 50_000, 200_000, 10_000), 10_000);
+        assert_eq!(to.copy_from(&*from, 90_000, 0, 65_536), 10_000, "the source ends there");
+        assert_eq!(to.copy_from(&*from, 100_000, 0, 1), 0);
+        let mut all = vec![0; 300_000];
+        assert_eq!(to.read_at(&mut all, 0).unwrap(), 300_000);
+        assert_eq!(all[200_000..210_000], bytes[50_000..60_000]);
+        assert_eq!(all[..10_000], bytes[90_000..]);
+        assert!(all[10_000..200_000].iter().chain(&all[210_000..]).all(|b| *b == 9));
+    }
 }

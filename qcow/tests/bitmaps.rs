@@ -12,7 +12,9 @@ use common::{
     checked, content, history, qemu_img, qemu_io, quiet, report, report_of, s, same_as_model, shown, temp,
     tool,
 };
-use knib_qcow::{Access, Amend, Error, FileStorage, Format, PlainPaths, Storage, amend, bitmap, snapshot};
+use knib_qcow::{
+    Access, Amend, Error, FileStorage, Format, PlainPaths, Preallocation, Storage, amend, bitmap, snapshot,
+};
 
 fn open(path: &Path) -> Arc<dyn Storage> {
     FileStorage::open(path, Access::ReadWrite).unwrap()
@@ -87,7 +89,8 @@ fn a_bitmap_that_cannot_be_trusted_can_only_be_removed() {
     };
     says(quiet(|c| bitmap::clear(open(&path), "b", c)), "cannot be trusted");
     says(quiet(|c| bitmap::set_enabled(open(&path), "b", false, c)), "cannot be trusted");
-    says(bitmap::dirty(&*open(&path), "b").map(|_| ()), "no usable bitmap");
+    says(bitmap::dirty(&*open(&path), "b").map(|_| ()), "cannot be trusted");
+    says(bitmap::dirty(&*open(&path), "x").map(|_| ()), "no bitmap named");
     says(quiet(|c| bitmap::remove(open(&path), "x", c)), "no bitmap named");
     says(quiet(|c| bitmap::add(open(&path), "b", 65536, false, c)), "already");
     says(quiet(|c| bitmap::add(open(&path), "c", 1000, false, c)), "power of two");
@@ -108,10 +111,23 @@ fn a_cut_while_bitmaps_change_leaves_the_old_ones_or_the_new_ones() {
     let start = std::fs::read(&path).unwrap();
     let now = content(&path, Format::Qcow2);
     type Work = Box<dyn Fn(Arc<dyn Storage>) -> Result<(), Error>>;
-    let works: [Work; 4] = [
+    let source = std::fs::read(&path).unwrap();
+    qemu_img(&["bitmap", "--remove", s(&path), "one"]);
+    qemu_img(&["bitmap", "--add", "-g", "4096", s(&path), "other"]);
+    qemu_io(&path, &["write -P 1 200k 90k"]);
+    let other = std::fs::read(&path).unwrap();
+    let works: [Work; 6] = [
         Box::new(|s| quiet(|c| bitmap::add(s, "two", 512, false, c))),
         Box::new(|s| quiet(|c| bitmap::remove(s, "one", c))),
         Box::new(|s| quiet(|c| bitmap::clear(s, "one", c))),
+        Box::new(move |s| {
+            let source = Volatile::new(source.clone(), u64::MAX);
+            quiet(|c| bitmap::merge(s, "one", &*source, "one", c))
+        }),
+        Box::new(move |s| {
+            let source = Volatile::new(other.clone(), u64::MAX);
+            quiet(|c| bitmap::copy(s, &*source, false, c)).map(|_| ())
+        }),
         Box::new(|s| quiet(|c| bitmap::set_enabled(s, "one", false, c))),
     ];
     for work in works {
@@ -120,7 +136,7 @@ fn a_cut_while_bitmaps_change_leaves_the_old_ones_or_the_new_ones() {
         work(whole.clone()).unwrap();
         let after = bitmap::list(&*whole).unwrap();
         assert!(report_of(whole).unwrap().is_clean());
-        every_cut(&start, &work, &mut |cut, survivor| {
+        let end = every_cut(&start, &work, &mut |cut, survivor| {
             let storage = Volatile::new(survivor, u64::MAX);
             let found = report_of(storage.clone()).unwrap();
             assert_eq!(found.corruptions, 0, "cut {cut}: {:?}", found.messages);
@@ -128,6 +144,9 @@ fn a_cut_while_bitmaps_change_leaves_the_old_ones_or_the_new_ones() {
             assert!(list == before || list == after, "cut {cut}: {list:?}");
             assert!(shown(storage) == now);
         });
+        let end = Volatile::new(end, u64::MAX);
+        assert!(report_of(end.clone()).unwrap().is_clean());
+        assert!(bitmap::list(&*end).unwrap() == after);
     }
 }
 
@@ -170,6 +189,8 @@ fn options_of_an_image_are_amended_as_qemu_amends_them() {
         clean(&path);
         same_as_model(&path, &model);
         assert_eq!(snapshot::list(&*open(&path)).unwrap()[0].disk_size, 2 << 20);
+        quiet(|c| knib_qcow::resize(open(&path), &PlainPaths, 3 << 20, false, Preallocation::Off, c))
+            .unwrap();
         let error = change(Amend { version: Some(2), refcount_order: Some(4), ..Amend::default() });
         assert!(error.unwrap_err().to_string().contains("internal snapshots"));
         let (code, text) = tool("qemu-io", &["-c", "write -P 4 0 64k", s(&path)]);
@@ -186,11 +207,14 @@ fn a_cut_of_an_amendment_leaves_a_sound_image_with_the_same_disk() {
         ("cluster_size=512", Amend { refcount_order: Some(6), ..Amend::default() }),
         ("cluster_size=512,compat=0.10", Amend { version: Some(3), ..Amend::default() }),
         ("cluster_size=512", Amend { version: Some(2), ..Amend::default() }),
+        ("cluster_size=512", Amend { lazy_refcounts: Some(true), ..Amend::default() }),
     ] {
         qemu_img(&["create", "-q", "-f", "qcow2", "-o", options, s(&path), "200k"]);
         qemu_io(&path, &["write -P 1 0 100k", "write -z 20k 16k"]);
-        if options.contains("0.10") {
-            qemu_img(&["snapshot", "-c", "old", s(&path)]);
+        qemu_img(&["snapshot", "-c", "old", s(&path)]);
+        qemu_io(&path, &["write -P 2 30k 3k"]);
+        if !options.contains("0.10") {
+            qemu_img(&["bitmap", "--add", s(&path), "b"]);
         }
         let now = content(&path, Format::Qcow2);
         let start = std::fs::read(&path).unwrap();
@@ -201,6 +225,30 @@ fn a_cut_of_an_amendment_leaves_a_sound_image_with_the_same_disk() {
             assert_eq!(found.corruptions, 0, "{what:?}, cut {cut}: {:?}", found.messages);
             assert!(shown(storage) == now, "{what:?}, cut {cut}");
         });
+        assert_eq!(end[87] & 1 == 1, what.lazy_refcounts == Some(true));
         assert!(shown(Volatile::new(end, u64::MAX)) == now);
     }
+}
+
+#[test]
+fn a_bitmap_is_marked_before_the_disk_changes() {
+    let (_dir, at) = temp();
+    let path = at("a.qcow2");
+    qemu_img(&["create", "-q", "-f", "qcow2", "-o", "cluster_size=512", s(&path), "1M"]);
+    qemu_io(&path, &["write -P 1 0 100k"]);
+    qemu_img(&["bitmap", "--add", "-g", "512", s(&path), "one"]);
+    let start = std::fs::read(&path).unwrap();
+    let now = content(&path, Format::Qcow2);
+    let work = |storage: Arc<dyn Storage>| {
+        // Over data that is there, so that one write is all it takes.
+        knib_qcow::ImageMut::open(storage, &PlainPaths)?.write_at(&[7; 512], 0)
+    };
+    let mut changed = 0;
+    let end = every_cut(&start, &work, &mut |cut, survivor| {
+        let storage = Volatile::new(survivor, u64::MAX);
+        let trusted = bitmap::list(&*storage).unwrap().iter().any(|b| !b.in_use);
+        assert!(!trusted || shown(storage) == now, "cut {cut}: it is trusted, and does not know of a write");
+        changed += 1;
+    });
+    assert!(changed > 1 && bitmap::list(&*Volatile::new(end, u64::MAX)).unwrap()[0].in_use);
 }

@@ -174,7 +174,7 @@ fn a_cut_at_any_write_leaves_at_worst_leaks() {
 fn every_cut(start: Vec<u8>) {
     let whole = Volatile::new(start.clone(), u64::MAX);
     changes(whole.clone(), &mut |_| {}).unwrap();
-    let ops = whole.ops.load(Ordering::Relaxed);
+    let ops = whole.power.ops.load(Ordering::Relaxed);
     assert!(ops > 100, "{ops}");
     let mut random = Random(ops);
     let mut cuts = 0;
@@ -199,7 +199,7 @@ fn what_was_flushed_is_read_after_a_cut_where_nothing_wrote_since() {
     // Each flushed state, with the number of operations that it took.
     let mut states = Vec::new();
     changes(whole.clone(), &mut |model| {
-        states.push((whole.ops.load(Ordering::Relaxed), model.to_vec()));
+        states.push((whole.power.ops.load(Ordering::Relaxed), model.to_vec()));
     })
     .unwrap();
     assert!(states.len() > 5);

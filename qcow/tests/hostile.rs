@@ -313,6 +313,37 @@ fn a_compressed_cluster_yields_one_cluster_or_an_error() {
 }
 
 #[test]
+fn a_zstd_cluster_yields_one_cluster_or_an_error() {
+    let frame = |len: usize| zstd::bulk::compress(&vec![9; len], 3).unwrap();
+    let split = [frame(100), frame(412)].concat();
+    for (stored, fits) in [
+        (frame(512), true),
+        (split, true),
+        (frame(511), false),
+        (frame(513), false),
+        (frame(64 << 20), false),
+        (frame(0), false),
+        // A header that promises 2^63 bytes.
+        ([&[0x28, 0xb5, 0x2f, 0xfd, 0xe0][..], &(1u64 << 63).to_le_bytes(), &[1, 0, 0]].concat(), false),
+    ] {
+        let mut image = Maker::new();
+        image.put64(72, 8);
+        image.put32(100, 112);
+        image.put32(104, 1 << 24);
+        image.bytes[DATA..].fill(0);
+        image.bytes.resize(DATA + 20 * CLUSTER, 0);
+        image.bytes[DATA..DATA + stored.len()].copy_from_slice(&stored);
+        image.put64(L2, 1 << 62 | 1 << 61 | DATA as u64);
+        match read(image.memory()) {
+            Ok(bytes) => assert!(fits && bytes[..512] == [9; 512]),
+            Err(e) => assert!(!fits && e.to_string().contains("compressed cluster"), "{e}"),
+        }
+        look(&image.bytes);
+        change(&image.bytes);
+    }
+}
+
+#[test]
 fn entries_that_point_where_they_must_not_are_damage() {
     // Not aligned, past the end, over the header; flags that contradict each other.
     for (at, value, reads) in [

@@ -10,7 +10,7 @@ use common::{
     Random, checked, content, qemu_img, qemu_io, quiet, report, report_of, rw, s, same_as_model, shown, temp,
     tool,
 };
-use knib_qcow::{Access, FileStorage, Format, Repair, Repaired, repair};
+use knib_qcow::{Access, FileStorage, Format, Image, Repair, Repaired, check, repair};
 
 fn fix(path: &Path, what: Repair) -> Repaired {
     quiet(|c| repair(FileStorage::open(path, Access::ReadWrite).unwrap(), what, c)).unwrap()
@@ -186,7 +186,13 @@ fn a_cut_of_a_repair_makes_nothing_worse() {
         if sound[7] == 3 {
             dirty[79] |= 1;
         }
-        for (start, what) in [(leaky, Repair::Leaks), (broken, Repair::All), (dirty, Repair::All)] {
+        let mut marked = leaky.clone();
+        if sound[7] == 3 {
+            marked[79] |= 1;
+        }
+        let works =
+            [(leaky, Repair::Leaks), (marked, Repair::Leaks), (broken, Repair::All), (dirty, Repair::All)];
+        for (start, what) in works {
             let before = report_of(Volatile::new(start.clone(), u64::MAX)).unwrap();
             let work = |s| quiet(|c| repair(s, what, c)).map(|_| ());
             let end = every_cut(&start, &work, &mut |cut, survivor| {
@@ -197,9 +203,124 @@ fn a_cut_of_a_repair_makes_nothing_worse() {
                 let again = quiet(|c| repair(storage.clone(), what, c)).unwrap();
                 assert!(again.after.is_clean(), "{options}, cut {cut}");
             });
+            assert!(end[7] == 2 || end[79] & 1 == 0, "{options}: it is still marked dirty");
             let storage = Volatile::new(end, u64::MAX);
             assert!(shown(storage.clone()) == model);
             assert!(report_of(storage).unwrap().is_clean());
         }
     }
+}
+
+/// Changes of the header that lose the refcount table: it has no clusters, too many, reaches past the end; it begins
+/// askew, past the end, nowhere, at another table.
+fn lost_tables(sound: &[u8]) -> Vec<Vec<u8>> {
+    let l1 = word(sound, 40);
+    let clusters = [0u32, 1 << 20, 12_000].map(|n| (56, n.to_be_bytes().to_vec()));
+    let offsets = [word(sound, 48) + 8, 9 << 32, 0, l1].map(|n| (48, n.to_be_bytes().to_vec()));
+    let harm = |(at, value): (usize, Vec<u8>)| {
+        let mut bytes = sound.to_vec();
+        bytes[at..at + value.len()].copy_from_slice(&value);
+        bytes
+    };
+    clusters.into_iter().chain(offsets).map(harm).collect()
+}
+
+#[test]
+fn a_refcount_table_that_the_header_lost_is_made_anew() {
+    let (_dir, at) = temp();
+    let path = at("a.qcow2");
+    for options in KINDS {
+        let model = image(&path, options);
+        let sound = std::fs::read(&path).unwrap();
+        for (n, bytes) in lost_tables(&sound).into_iter().enumerate() {
+            std::fs::write(&path, &bytes).unwrap();
+            let tables = Image::open_tables(Volatile::new(bytes.clone(), u64::MAX)).unwrap();
+            let before = quiet(|c| check(&tables, c)).unwrap();
+            assert!(before.corruptions > 0, "{options}, harm {n}");
+            // What gives back leaks only cannot help here, and changes nothing.
+            assert!(fix(&path, Repair::Leaks).after.corruptions > 0, "{options}, harm {n}");
+            assert!(std::fs::read(&path).unwrap() == bytes, "{options}, harm {n}");
+            if n != 6 {
+                let error = rw(&path).err().unwrap().to_string();
+                assert!(error.contains("check -r all"), "{options}, harm {n}: {error}");
+            }
+            let done = fix(&path, Repair::All);
+            assert!(done.after.is_clean(), "{options}, harm {n}: {:?}", done.after);
+            checked(&path);
+            same_as_model(&path, &model);
+            qemu_img(&["snapshot", "-a", "one", s(&path)]);
+            checked(&path);
+        }
+    }
+}
+
+#[test]
+fn a_cut_while_a_lost_refcount_table_is_made_anew_leaves_it_lost_or_made() {
+    let (_dir, at) = temp();
+    let path = at("a.qcow2");
+    let model = image(&path, KINDS[1]);
+    for (n, bytes) in lost_tables(&std::fs::read(&path).unwrap()).into_iter().enumerate() {
+        let work = |storage: std::sync::Arc<dyn knib_qcow::Storage>| {
+            quiet(|c| repair(storage, Repair::All, c)).map(|_| ())
+        };
+        let mut cuts = 0;
+        every_cut(&bytes, &work, &mut |cut, survivor| {
+            std::fs::write(&path, &survivor).unwrap();
+            assert!(fix(&path, Repair::All).after.is_clean(), "harm {n}, cut {cut}");
+            checked(&path);
+            same_as_model(&path, &model);
+            cuts += 1;
+        });
+        assert!(cuts > 5, "{cuts}");
+    }
+}
+
+#[test]
+fn a_table_that_shares_its_cluster_is_corruption_though_the_refcounts_agree() {
+    let (_dir, at) = temp();
+    let path = at("a.qcow2");
+    qemu_img(&["create", "-q", "-f", "qcow2", "-o", "cluster_size=4k", s(&path), "2M"]);
+    qemu_io(&path, &["write -P 1 0 64k"]);
+    qemu_img(&["snapshot", "-c", "one", s(&path)]);
+    qemu_img(&["bitmap", "--add", s(&path), "b"]);
+    qemu_io(&path, &["write -P 2 32k 32k"]);
+    let sound = std::fs::read(&path).unwrap();
+    let offset = |entry: u64| (entry & 0x00ff_ffff_ffff_fe00) as usize;
+    let (table, l1, snapshots) =
+        (word(&sound, 48) as usize, word(&sound, 40) as usize, word(&sound, 64) as usize);
+    let (block, l2) = (word(&sound, table) as usize, offset(word(&sound, l1)));
+    let snapshot_l1 = word(&sound, snapshots) as usize;
+    for (what, shared) in [
+        ("header", 0),
+        ("refcount table", table),
+        ("refcount block", block),
+        ("L1 table", l1),
+        ("L2 table", l2),
+        ("snapshot table", snapshots),
+        ("L1 table of a snapshot", snapshot_l1),
+    ] {
+        // Guest cluster 100 lies where the table does; both are counted.
+        let mut bytes = sound.clone();
+        bytes[l2 + 800..l2 + 808].copy_from_slice(&(shared as u64).to_be_bytes());
+        let count = block + shared / 4096 * 2;
+        bytes[count..count + 2].copy_from_slice(&2u16.to_be_bytes());
+        if shared == l2 {
+            bytes[l1] &= 0x7f;
+        }
+        let found = report_of(Volatile::new(bytes.clone(), u64::MAX)).unwrap();
+        if shared == 0 {
+            // An entry of 0 is none: what differs is the refcount.
+            assert_eq!((found.leaks, found.corruptions), (1, 0), "{what}: {:?}", found.messages);
+            continue;
+        }
+        assert_eq!(found.corruptions, 1, "{what}: {:?}", found.messages);
+        assert!(found.messages[0].contains("a table, and something else"), "{what}: {:?}", found.messages);
+        // Nothing is written into such an image by an operation that changes all tables.
+        let storage = Volatile::new(bytes.clone(), u64::MAX);
+        let refused = quiet(|c| knib_qcow::snapshot::create(storage.clone(), "two", c)).unwrap_err();
+        assert!(refused.to_string().contains("repair it first"), "{what}: {refused}");
+        assert!(storage.now() == bytes, "{what}");
+    }
+    // Snapshots share L2 tables and data with the disk: that is sound.
+    assert!(report_of(Volatile::new(sound, u64::MAX)).unwrap().is_clean());
 }

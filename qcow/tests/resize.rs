@@ -52,10 +52,10 @@ fn a_disk_is_made_smaller_and_larger_and_shows_zeros_where_it_grew() {
                 (3_500_032, Preallocation::Off),
                 (512, Preallocation::Off),
                 (1_000_448, Preallocation::Metadata),
+                (2_700_288, Preallocation::Metadata),
                 (0, Preallocation::Off),
                 (2_600_448, Preallocation::Off),
             ] {
-                let how = if backing { Preallocation::Off } else { how };
                 size(&path, to, true, how).unwrap();
                 model.resize(to as usize, 0);
                 clean(&path);

@@ -123,6 +123,21 @@ fn mixed_disks_with_clusters_of_any_size_read_back_in_both_compressions() {
 }
 
 #[test]
+fn refcount_blocks_count_themselves_wherever_the_clusters_end() {
+    let (_dir, at) = temp();
+    // With the tables, around the 512 clusters that two blocks count.
+    for clusters in 485..=510 {
+        let mut random = Random(3);
+        let model: Vec<u8> = (0..clusters * 512).map(|_| random.next() as u8 | 1).collect();
+        let chain = raw(&at("raw"), &model);
+        let new = NewImage { size: clusters * 512, cluster_bits: 9, compression: None, backing: None };
+        let to = at(&format!("new{clusters}"));
+        write(&chain, &new, &to, 1, &NoObserver);
+        checked(&to);
+    }
+}
+
+#[test]
 fn the_same_disk_becomes_the_same_file_with_any_number_of_threads() {
     let (_dir, at) = temp();
     let model = mixed(24 << 20, CLUSTER);

@@ -12,7 +12,11 @@ mod reason;
 mod removal;
 pub mod restore;
 pub mod retention;
+pub mod snapshot;
+#[cfg(test)]
+mod snapshot_tests;
 mod trust;
+pub mod whereabouts;
 
 pub use next::{Method, Next, Plan, StoredFile, VolumeNow, VolumePlan, plan};
 pub use reason::Why;

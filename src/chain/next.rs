@@ -98,7 +98,7 @@ pub fn plan(next: &Next<'_>) -> Plan {
         .iter()
         .map(|now| match &parent {
             Ok((current, parent)) => volume(next, current, parent, now),
-            Err(why) => full(now, why.clone()),
+            Err(why) => full(now, ended(next, now, why)),
         })
         .collect();
     // A backup without any incremental volume stands on nothing: it begins a chain.
@@ -157,6 +157,24 @@ fn volume(next: &Next<'_>, current: &Current, parent: &Manifest, now: &VolumeNow
     }
 }
 
+/// Why a volume is full where nothing can be stood on.
+fn ended(next: &Next<'_>, now: &VolumeNow, why: &Why) -> Why {
+    match why {
+        Why::ChainEnded => since(next, now).unwrap_or(Why::ChainEnded),
+        why => why.clone(),
+    }
+}
+
+/// What became of it since the last backup: it was reverted to a snapshot, or restored from a backup.
+fn since(next: &Next<'_>, now: &VolumeNow) -> Option<Why> {
+    let reverted = next.tracking.reverted.get(&now.id);
+    let restored = || next.tracking.restored.get(&now.id);
+    match reverted {
+        Some(snapshot) => Some(Why::Reverted { snapshot: snapshot.clone() }),
+        None => restored().map(|backup| Why::Restored { backup: backup.clone() }),
+    }
+}
+
 fn full(now: &VolumeNow, why: Why) -> VolumePlan {
     VolumePlan { volume: now.id, kind: Kind::Full, why, depth: 1, layers: 0 }
 }
@@ -170,7 +188,7 @@ fn incremental<'a>(
 ) -> Result<(&'a Disk, usize), Why> {
     // Row "per volume".
     let (Some(left), Some(disk)) = (next.tracking.volumes.get(&now.id), parent.disk_of(now.id)) else {
-        return Err(Why::NoTracking);
+        return Err(since(next, now).unwrap_or(Why::NoTracking));
     };
     // Row "when in doubt, full".
     match &now.stored {
@@ -199,7 +217,7 @@ fn incremental<'a>(
 /// How many images from the top hold what changed, provided that all are as they were left.
 fn changed_layers(current: &Current, left: &VolumeTracking, now: &VolumeNow) -> Result<usize, Why> {
     let changed = |what: String| Err(Why::ChainChanged { what });
-    for (was, is) in left.images.iter().zip(&now.images) {
+    for (depth, (was, is)) in left.images.iter().zip(&now.images).enumerate() {
         if was.path != is.path {
             return changed(format!("{} is where {} was", is.path.display(), was.path.display()));
         }
@@ -208,6 +226,10 @@ fn changed_layers(current: &Current, left: &VolumeTracking, now: &VolumeNow) -> 
         }
         if was.format != is.format {
             return changed(format!("{} is {}, it was {}", is.path.display(), is.format, was.format));
+        }
+        // The guest writes to the live image only.
+        if depth > 0 && was.modified.is_some() && was.modified != is.modified {
+            return changed(format!("{}, which its overlay stands on, was written to", is.path.display()));
         }
     }
     if left.images.len() != now.images.len() {

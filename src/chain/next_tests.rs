@@ -48,6 +48,7 @@ impl Vm {
             device: 1,
             inode: self.inode,
             virtual_size: 1 << 30,
+            modified: None,
             owner: None,
         }
     }
@@ -126,13 +127,13 @@ impl Vm {
     /// All deltas of knibfs are merged, and nothing can stand on the current backup.
     fn end_tracking(&mut self) {
         for volume in &mut self.now {
-            for step in deltas::merges(&volume.images) {
+            for step in deltas::merges(&volume.images, &deltas::Held::none()) {
                 let at = volume.images.iter().position(|i| i.path == step.top).unwrap();
                 assert_eq!(volume.images[at + 1].path, step.base);
                 volume.images.remove(at);
             }
         }
-        self.record.tracking = Tracking { current: None, end_of_chain: true, volumes: Default::default() };
+        self.record.tracking = Tracking { end_of_chain: true, ..Default::default() };
     }
 
     fn nodes(&self) -> Vec<Node> {
@@ -199,6 +200,19 @@ impl Vm {
 }
 
 use Kind::{Full, Incremental};
+
+#[test]
+fn a_volume_that_was_restored_is_full_and_says_from_what() {
+    let mut vm = Vm::new(8);
+    vm.backup(false);
+    vm.end_tracking();
+    let id = vm.record.volumes[0].id;
+    vm.record.tracking.restored.insert(id, "web1/first".into());
+    assert_eq!(vm.why(), Why::Restored { backup: "web1/first".into() });
+    assert!(vm.why().to_string().contains("restored from web1/first"));
+    vm.backup(false);
+    assert_eq!(vm.plan(false).volumes[0].kind, Incremental);
+}
 
 #[test]
 fn chain_size_1_makes_every_backup_full_and_leaves_no_delta() {

@@ -1,7 +1,7 @@
 //! Why a volume of a backup is full or incremental, as a sentence that is kept in the manifest.
 
-use crate::store::BackupName;
 use crate::store::manifest::BackupState;
+use crate::store::{BackupName, SnapshotName};
 
 use super::FULL_AT_DEPTH;
 
@@ -63,6 +63,18 @@ pub enum Why {
     /// Row "per volume": "a volume without tracking state".
     #[error("the volume has no tracking state: it is new, migrated, reverted or restored")]
     NoTracking,
+    /// "Ending a chain early": "revert of a VM or volume snapshot".
+    #[error("the volume was reverted to the snapshot {snapshot}")]
+    Reverted {
+        /// The snapshot.
+        snapshot: SnapshotName,
+    },
+    /// "Ending a chain early": "restore".
+    #[error("the volume was restored from {backup} since its last backup")]
+    Restored {
+        /// What from, as `VM/BACKUP`.
+        backup: String,
+    },
     /// Row "when in doubt, full": "resized".
     #[error("the volume was resized from {from} to {to} bytes")]
     Resized {

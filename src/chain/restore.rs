@@ -173,8 +173,8 @@ pub enum Refused {
     #[error("the disk {disk} is in use by another VM: {user}; nothing of it may change under that one")]
     InUse { disk: DiskName, user: String },
     /// "Refused while VM snapshots of those volumes exist."
-    #[error("the disk {disk} has a VM snapshot ({snapshot}): remove the VM's snapshots first")]
-    Snapshots { disk: DiskName, snapshot: String },
+    #[error("the disk {disk} has snapshots ({snapshots}): remove them first")]
+    Snapshots { disk: DiskName, snapshots: String },
     #[error(
         "the disk {disk} needs {size} bytes, and {wanted} were asked for: a smaller disk would lose data"
     )]
@@ -249,8 +249,8 @@ fn action(asked: &Restore, disk: &DiskNow) -> Result<Action, Refused> {
     if let Some(user) = disk.others.first() {
         return Err(Refused::InUse { disk: name(), user: user.clone() });
     }
-    if let Some(snapshot) = disk.snapshots.first() {
-        return Err(Refused::Snapshots { disk: name(), snapshot: snapshot.clone() });
+    if !disk.snapshots.is_empty() {
+        return Err(Refused::Snapshots { disk: name(), snapshots: disk.snapshots.join(", ") });
     }
     let wanted = disk.wanted.unwrap_or(disk.size);
     if wanted < disk.size {

@@ -112,7 +112,7 @@ fn a_host_is_for_quick_restores_and_must_be_known_and_up() {
 /// "Refused while VM snapshots of those volumes exist", and what else is wrong with volumes.
 #[test]
 fn volumes_that_others_need_are_left_alone() {
-    assert!(refused(|a| a.disks[0].snapshots = vec!["s1".into()]).contains("snapshot (s1)"));
+    assert!(refused(|a| a.disks[0].snapshots = vec!["s1".into()]).contains("snapshots (s1)"));
     assert!(refused(|a| a.disks[0].others = vec!["domain \"db\"".into()]).contains("domain \"db\""));
 }
 

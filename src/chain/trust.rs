@@ -72,6 +72,7 @@ mod tests {
             device: 1,
             inode,
             virtual_size: 1 << 20,
+            modified: None,
             owner,
         }
     }

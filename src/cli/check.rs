@@ -10,7 +10,7 @@ use crate::store::{BackupSpec, VmName};
 
 #[derive(Debug, clap::Args)]
 pub struct Args {
-    /// A VM or one backup of it; without it, all are checked.
+    /// A VM, or one backup of it with those that it stands on; without it, all are checked.
     #[arg(value_name = "VM[/BACKUP]")]
     what: Option<String>,
     /// Read and verify every stored byte, too.
@@ -36,7 +36,9 @@ pub fn run(context: &Context, args: &Args) -> Outcome {
         report
     })?;
     context.out.print(&report, || {
-        let mut text = format!("{} backups with {} images checked", report.backups, report.images);
+        let many = |n: u64, what: &str| format!("{n} {what}{}", if n == 1 { "" } else { "s" });
+        let mut text =
+            format!("{} with {} checked", many(report.backups, "backup"), many(report.images, "image"));
         if args.read_data {
             text += &format!(", {} read and verified", size(report.bytes));
         }

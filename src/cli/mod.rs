@@ -21,6 +21,7 @@ mod restore;
 mod setting;
 mod show;
 mod signals;
+mod snapshot;
 #[cfg(feature = "libvirt")]
 mod thaw_guard;
 mod vm;
@@ -70,6 +71,12 @@ enum Command {
     RestoreVolume(restore::VolumeArgs),
     /// Make a new VM of a backup.
     CreateVm(restore::CreateArgs),
+    /// Snapshots of a VM's disks, on primary.
+    #[command(subcommand)]
+    VmSnapshot(snapshot::VmCommand),
+    /// Snapshots of one disk of a VM, on primary.
+    #[command(subcommand)]
+    VolumeSnapshot(snapshot::VolumeCommand),
     /// The hosts that quick restores may start VMs on.
     #[command(subcommand)]
     Host(host::Command),
@@ -112,6 +119,17 @@ enum Failure {
 
 type Outcome = Result<(), Failure>;
 
+/// The error with those of its causes that it does not tell itself.
+fn with_causes(error: &anyhow::Error) -> String {
+    let mut text = error.to_string();
+    for cause in error.chain().skip(1).map(ToString::to_string) {
+        if !text.contains(&cause) {
+            text = format!("{text}: {cause}");
+        }
+    }
+    text
+}
+
 impl<E: Into<anyhow::Error>> From<E> for Failure {
     fn from(error: E) -> Self {
         Self::Failed(error.into())
@@ -130,7 +148,12 @@ impl Context {
         let path = self.store.as_deref().ok_or_else(|| {
             Failure::Usage("no store was named: use `-s STORE` or set KNIBFS_STORE to its folder".into())
         })?;
-        Ok(Store::open(path)?)
+        let store = Store::open(path)?;
+        // Damaged settings are told by the command that needs them.
+        if let Ok(settings) = store.settings() {
+            crate::hypervisor::limit::set(std::time::Duration::from_secs(settings.timeout()));
+        }
+        Ok(store)
     }
 }
 
@@ -163,7 +186,7 @@ pub fn run() -> ExitCode {
         }
         Err(Failure::Failed(error)) if output::is_closed_pipe(&error) => ExitCode::SUCCESS,
         Err(Failure::Failed(error)) => {
-            eprintln!("knibfs: {error:#}");
+            eprintln!("knibfs: {}", with_causes(&error));
             ExitCode::from(1)
         }
     }
@@ -179,6 +202,8 @@ fn dispatch(context: &Context, command: Command) -> Outcome {
         Command::Restore(args) => restore::run(context, &args),
         Command::RestoreVolume(args) => restore::run_volume(context, &args),
         Command::CreateVm(args) => restore::run_create(context, &args),
+        Command::VmSnapshot(command) => snapshot::run_vm(context, command),
+        Command::VolumeSnapshot(command) => snapshot::run_volume(context, command),
         Command::Host(command) => host::run(context, command),
         Command::Recover => recover::run(context),
         Command::List(args) => list::run(context, &args),
@@ -206,6 +231,7 @@ fn start_log() {
         .with_env_filter(filter)
         .with_writer(std::io::stderr)
         .with_target(false)
+        .with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr()))
         .try_init();
 }
 
@@ -218,6 +244,15 @@ mod tests {
     #[test]
     fn the_command_line_holds_together() {
         Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn causes_are_told_once() {
+        let file = std::fs::File::open("/no/such/file").unwrap_err();
+        let told = anyhow::Error::new(file).context("cannot read /no/such/file");
+        assert_eq!(with_causes(&told), "cannot read /no/such/file: No such file or directory (os error 2)");
+        let twice = told.context("cannot read /no/such/file: No such file or directory (os error 2)");
+        assert_eq!(with_causes(&twice), "cannot read /no/such/file: No such file or directory (os error 2)");
     }
 
     #[test]

@@ -8,9 +8,11 @@ use std::sync::Arc;
 
 use anyhow::{Context as _, anyhow};
 
+use knib_fuse::Tree;
+
 use super::{Context, Failure, Outcome};
 use crate::mount::{
-    Access, MountPoint, StoreTree, TreeConfig, hypervisor_access, serve, unmount_unless_busy,
+    Access, Kept, MountPoint, StoreTree, TreeConfig, hypervisor_access, keep, serve_kept, unmount_unless_busy,
 };
 use crate::store::Store;
 
@@ -42,11 +44,11 @@ pub struct Args {
     mode: Option<u16>,
 
     /// Decoded clusters that are kept in memory, shared by all readers, in bytes or with K, M or G (powers of 1024).
-    /// The program takes up to 64 MiB more.
+    /// The program takes up to 64 MiB more, with up to 32 threads.
     #[arg(long, value_name = "BYTES", default_value = "256M", value_parser = bytes)]
     cache_size: u64,
 
-    /// Threads that answer requests [default: one a core, at least 16, at most 32].
+    /// Threads that answer requests; most of them wait for disks [default: one a core, at least 16, at most 32].
     #[arg(long, value_parser = clap::value_parser!(u16).range(1..=256))]
     threads: Option<u16>,
 
@@ -54,9 +56,17 @@ pub struct Args {
     #[arg(long, value_name = "DIR")]
     log_dir: Option<PathBuf>,
 
-    /// Serve, and say on standard output when it can be used.
+    /// Keep the mount, and say on standard output when it can be used.
     #[arg(long, hide = true)]
-    serve_for_parent: bool,
+    keep_for_parent: bool,
+
+    /// Serve the mount whose keeper is at standard input; the number of servers that it had before.
+    #[arg(long, hide = true, value_name = "N")]
+    serve_for_keeper: Option<u64>,
+
+    /// Do as if the kernel could not hand requests out again when the server dies (before Linux 6.9).
+    #[arg(long, hide = true)]
+    no_resend: bool,
 }
 
 #[derive(Debug, clap::Args)]
@@ -66,17 +76,32 @@ pub struct UmountArgs {
     mount_point: PathBuf,
 }
 
-/// What the served child says when the mount can be used.
+/// Settings of the C library: few parts of the heap, and long buffers are given back when they are freed. What is needed often
+/// is used again and not freed.
+const ALLOCATOR: [(&str, &str); 2] = [("MALLOC_ARENA_MAX", "2"), ("MALLOC_MMAP_THRESHOLD_", "131072")];
+
+/// What the child says when the mount can be used.
 const READY: &str = "ready";
 
 pub fn run(context: &Context, args: &Args) -> Outcome {
+    if let Some(restarts) = args.serve_for_keeper {
+        let tree = || {
+            let store = context.open_store().map_err(|failure| match failure {
+                Failure::Usage(why) => anyhow!(why),
+                Failure::Failed(error) => error,
+            })?;
+            tree(store, args, restarts)
+        };
+        serve_kept(tree, &args.mount_point, threads(args), args.allow_other)?;
+        return Ok(());
+    }
     let store = context.open_store()?;
     let place = MountPoint::check(&args.mount_point, store.root())?;
-    if args.serve_for_parent {
-        return serve_for_parent(store, &place, args);
+    if args.keep_for_parent {
+        return keep_for_parent(&store, &place, args);
     }
     if args.foreground {
-        serve_tree(store, &place, args, || Ok(()))?;
+        keep_mount(&store, &place, args, || Ok(()))?;
         return Ok(());
     }
     start_in_background(&store, &place, args)?;
@@ -88,19 +113,57 @@ pub fn run_umount(args: &UmountArgs) -> Outcome {
     Ok(())
 }
 
-fn serve_tree(
-    store: Store,
+fn tree(store: Store, args: &Args, restarts: u64) -> anyhow::Result<Arc<dyn Tree>> {
+    let config = TreeConfig {
+        access: access(args),
+        cache_size: usize::try_from(args.cache_size).unwrap_or(usize::MAX),
+        mounted_at: args.mount_point.display().to_string(),
+        restarts,
+    };
+    Ok(Arc::new(StoreTree::new(store, config).context("cannot start the mount's threads")?))
+}
+
+fn keep_mount(
+    store: &Store,
     place: &MountPoint,
     args: &Args,
     ready: impl FnOnce() -> io::Result<()>,
 ) -> anyhow::Result<()> {
-    let config = TreeConfig {
-        access: access(args),
-        cache_size: usize::try_from(args.cache_size).unwrap_or(usize::MAX),
-        mounted_at: place.path().display().to_string(),
+    // The path as it is now: behind it lies the next version when this one is replaced.
+    let program = std::env::current_exe().context("cannot find this program's own file")?;
+    let server = |restarts: u64| {
+        let mut command = mount_command(&program, store, place, args);
+        command.arg(format!("--serve-for-keeper={restarts}"));
+        // The C library keeps what is freed for later, in a part of the heap for each thread, and the longer the buffers
+        // are the more of it: that adds up to more memory than the mount promises to keep to.
+        for (name, value) in ALLOCATOR.into_iter().filter(|(name, _)| std::env::var_os(name).is_none()) {
+            command.env(name, value);
+        }
+        command
     };
-    let tree = StoreTree::new(store, config).context("cannot start the mount's threads")?;
-    serve(Arc::new(tree), place, threads(args), args.allow_other, ready)
+    keep(Kept { place, allow_other: args.allow_other, resend: !args.no_resend, server: &server }, ready)
+}
+
+/// This program again, to mount the same in the same way.
+fn mount_command(program: &Path, store: &Store, place: &MountPoint, args: &Args) -> Command {
+    let mut command = Command::new(program);
+    command.arg("--store").arg(store.root()).arg("mount").arg(place.path());
+    for (flag, given) in [("--allow-other", args.allow_other), ("--no-resend", args.no_resend)] {
+        command.args(given.then_some(flag));
+    }
+    let options = [
+        ("--uid", args.uid.map(|v| v.to_string())),
+        ("--gid", args.gid.map(|v| v.to_string())),
+        ("--mode", args.mode.map(|v| format!("{v:o}"))),
+        ("--cache-size", Some(args.cache_size.to_string())),
+        ("--threads", args.threads.map(|v| v.to_string())),
+    ];
+    for (name, value) in options {
+        if let Some(value) = value {
+            command.arg(format!("{name}={value}"));
+        }
+    }
+    command
 }
 
 fn threads(args: &Args) -> usize {
@@ -129,44 +192,28 @@ fn access(args: &Args) -> Access {
     }
 }
 
-/// Starts this program again to serve, and returns when the mount can be used. (Forking a program that has threads is
+/// Starts this program again to keep the mount, and returns when the mount can be used. (Forking a program that has threads is
 /// not safe; starting it anew is.)
 fn start_in_background(store: &Store, place: &MountPoint, args: &Args) -> anyhow::Result<()> {
     let (log, log_path) = open_log(args.log_dir.as_deref(), store)?;
     let program = std::env::current_exe().context("cannot find this program's own file")?;
-    let mut command = Command::new(program);
-    command.arg("--store").arg(store.root()).arg("mount").arg("--serve-for-parent");
-    if args.allow_other {
-        command.arg("--allow-other");
-    }
-    let options = [
-        ("--uid", args.uid.map(|v| v.to_string())),
-        ("--gid", args.gid.map(|v| v.to_string())),
-        ("--mode", args.mode.map(|v| format!("{v:o}"))),
-        ("--cache-size", Some(args.cache_size.to_string())),
-        ("--threads", args.threads.map(|v| v.to_string())),
-    ];
-    for (name, value) in options {
-        if let Some(value) = value {
-            command.arg(name).arg(value);
-        }
-    }
-    command.arg("--").arg(place.path());
+    let mut command = mount_command(&program, store, place, args);
+    command.arg("--keep-for-parent");
     command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::from(log));
     // It must not keep a folder busy that someone wants to unmount.
     command.current_dir("/");
-    let mut child = command.spawn().context("cannot start the program that serves the mount")?;
+    let mut child = command.spawn().context("cannot start the program that keeps the mount")?;
     let mut answer = String::new();
     if let Some(pipe) = child.stdout.take() {
         io::BufReader::new(pipe)
             .read_line(&mut answer)
-            .context("cannot hear from the program that serves the mount")?;
+            .context("cannot hear from the program that keeps the mount")?;
     }
     match answer.trim_end() {
         READY => Ok(()),
         "" => {
-            let status = child.wait().context("cannot wait for the program that serves the mount")?;
-            Err(anyhow!("the program that serves the mount ended ({status}): see {}", log_path.display()))
+            let status = child.wait().context("cannot wait for the program that keeps the mount")?;
+            Err(anyhow!("the program that keeps the mount ended ({status}): see {}", log_path.display()))
         }
         why => {
             let _ = child.wait();
@@ -175,7 +222,7 @@ fn start_in_background(store: &Store, place: &MountPoint, args: &Args) -> anyhow
     }
 }
 
-fn serve_for_parent(store: Store, place: &MountPoint, args: &Args) -> Outcome {
+fn keep_for_parent(store: &Store, place: &MountPoint, args: &Args) -> Outcome {
     // No terminal may end it.
     let _ = rustix::process::setsid();
     let say = |line: &str| -> io::Result<()> {
@@ -183,8 +230,8 @@ fn serve_for_parent(store: Store, place: &MountPoint, args: &Args) -> Outcome {
         writeln!(out, "{}", line.replace('\n', " "))?;
         out.flush()
     };
-    serve_tree(store, place, args, || say(READY)).map_err(|error| {
-        let _ = say(&format!("{error:#}"));
+    keep_mount(store, place, args, || say(READY)).map_err(|error| {
+        let _ = say(&super::with_causes(&error));
         Failure::Failed(error)
     })
 }

@@ -17,8 +17,8 @@ pub struct How {
     #[arg(long, value_name = "HOST")]
     host: Option<String>,
 
-    /// Megabytes (of 1,000,000 bytes) per second, at most.
-    #[arg(long, value_name = "MB/s", value_parser = clap::value_parser!(u64).range(1..=1_000_000))]
+    /// Megabytes (of 1,000,000 bytes) per second, at most; without it there is no limit.
+    #[arg(long, value_name = "MB/s", value_parser = rate)]
     rate: Option<u64>,
 
     /// Size of the restored disk, no smaller than in the backup: bytes, or with K, M, G or T (powers of 1024). Where the
@@ -67,6 +67,11 @@ pub struct CreateArgs {
 
     #[command(flatten)]
     how: How,
+}
+
+fn rate(text: &str) -> Result<u64, String> {
+    let rate = text.parse().ok().filter(|rate| (1..=1_000_000).contains(rate));
+    rate.ok_or_else(|| "it is a whole number from 1 to 1000000; leave it out for no limit".into())
 }
 
 impl How {

@@ -7,7 +7,8 @@ use super::operation::operate;
 use super::output::table;
 use super::{Context, Outcome};
 use crate::ops::add_vm::{self, NewVm};
-use crate::ops::release;
+use crate::ops::whereabouts::{self, Presence};
+use crate::ops::{release, remove_vm};
 use crate::store::vm::{Source, Track, VmState};
 use crate::store::{DiskName, Store, StoreResult, VmName, VmRecord};
 
@@ -15,12 +16,24 @@ use crate::store::{DiskName, Store, StoreResult, VmName, VmRecord};
 pub enum Command {
     /// Add a VM: a libvirt domain, or image files that no domain owns.
     Add(Add),
-    /// List the VMs.
-    List,
+    /// List the VMs, and say of domains that have moved or are gone.
+    List {
+        /// Those, too, that were removed and whose backups are kept.
+        #[arg(long)]
+        show_removed: bool,
+    },
     /// Show what is known of a VM.
     Show {
         /// The VM.
         vm: VmName,
+    },
+    /// Take a VM out of knibfs's care: its deltas on primary are merged, its backups are kept.
+    Remove {
+        /// The VM.
+        vm: VmName,
+        /// Also where its host cannot be asked: its deltas stay on primary.
+        #[arg(long)]
+        force: bool,
     },
     /// Assign a VM to an offering.
     Assign {
@@ -109,7 +122,8 @@ pub fn run(context: &Context, command: Command) -> Outcome {
     let store = context.open_store()?;
     match command {
         Command::Add(args) => add(context, &store, args),
-        Command::List => list(context, &store),
+        Command::List { show_removed } => list(context, &store, show_removed),
+        Command::Remove { vm, force } => remove(context, &store, &vm, force),
         Command::Show { vm } => show(context, &store, &vm),
         Command::Assign { vm, offering } => {
             let record = release::assign(&store, &vm, &offering)?;
@@ -131,6 +145,8 @@ struct VmNow {
     record: VmRecord,
     /// An operation on it was begun and nobody works on it.
     interrupted: bool,
+    /// Where its domain is.
+    presence: Presence,
 }
 
 impl VmNow {
@@ -138,24 +154,63 @@ impl VmNow {
         let mut record = store.vm(vm)?;
         let (state, interrupted) = store.state_of(&record)?;
         record.state = state;
-        Ok(Self { record, interrupted })
+        Ok(Self { record, interrupted, presence: Presence::Here })
     }
 
+    /// Finds out where the domains are.
+    fn seek(store: &Store, all: &mut [&mut Self]) {
+        let records: Vec<&VmRecord> = all.iter().map(|now| &now.record).collect();
+        let found = whereabouts::look(store, &records);
+        for (now, presence) in all.iter_mut().zip(found) {
+            now.presence = presence;
+        }
+    }
+
+    /// Empty where there is nothing to say.
     fn state(&self) -> String {
         let way_out = if self.interrupted { ", interrupted: run `knibfs recover`" } else { "" };
-        format!("{:?}{way_out}", self.record.state)
+        let state = match self.record.state {
+            VmState::Ready => String::new(),
+            state => format!("{state:?}{way_out}"),
+        };
+        let presence = match &self.presence {
+            Presence::Here => String::new(),
+            Presence::Moved { host, .. } => format!("moved to the host {host}"),
+            Presence::Gone { unasked } if unasked.is_empty() => "gone: no known host has its domain".into(),
+            Presence::Gone { unasked } => {
+                format!("gone: no host that answers has its domain (no answer: {})", unasked.join(", "))
+            }
+            Presence::Unknown { why } => format!("its host does not answer: {why}"),
+            Presence::Removed => "removed; its backups are kept".into(),
+        };
+        [state, presence].into_iter().filter(|part| !part.is_empty()).collect::<Vec<_>>().join("; ")
     }
 }
 
-fn list(context: &Context, store: &Store) -> Outcome {
+fn remove(context: &Context, store: &Store, vm: &VmName, force: bool) -> Outcome {
+    let done = operate(|control| remove_vm::run(store, vm, force, control))?;
+    for note in &done.notes {
+        eprintln!("{note}");
+    }
+    for left in &done.left {
+        eprintln!("{} is a delta that was left on primary: no backup needs it, its VM may", left.display());
+    }
+    context.out.print(&done, || match done.backups {
+        0 => format!("{vm} was removed; it had no backups"),
+        1 => format!("{vm} was removed; its backup is kept"),
+        count => format!("{vm} was removed; its {count} backups are kept"),
+    })?;
+    Ok(())
+}
+
+fn list(context: &Context, store: &Store, show_removed: bool) -> Outcome {
     let names = store.vms()?;
-    let records: Vec<StoreResult<VmNow>> = names.iter().map(|name| VmNow::look(store, name)).collect();
+    let mut records: Vec<StoreResult<VmNow>> = names.iter().map(|name| VmNow::look(store, name)).collect();
+    records.retain(|now| show_removed || now.as_ref().map_or(true, |now| now.record.removed.is_none()));
+    VmNow::seek(store, &mut records.iter_mut().flatten().collect::<Vec<_>>());
     let good: Vec<&VmNow> = records.iter().flatten().collect();
     context.out.print(&good, || {
-        let cells = |now: &&VmNow| {
-            let state = if now.record.state == VmState::Ready { String::new() } else { now.state() };
-            vec![now.record.name.to_string(), source(&now.record), state]
-        };
+        let cells = |now: &&VmNow| vec![now.record.name.to_string(), source(&now.record), now.state()];
         table(&good.iter().map(cells).collect::<Vec<_>>()).join("\n")
     })?;
     // What can be listed is listed; then the first that cannot is the failure.
@@ -166,7 +221,8 @@ fn list(context: &Context, store: &Store) -> Outcome {
 }
 
 fn show(context: &Context, store: &Store, vm: &VmName) -> Outcome {
-    let now = VmNow::look(store, vm)?;
+    let mut now = VmNow::look(store, vm)?;
+    VmNow::seek(store, &mut [&mut now]);
     let record = &now.record;
     let offering = match record.offering {
         Some(id) => store.offering(id).map_or_else(|_| id.to_string(), |o| o.name),
@@ -183,7 +239,7 @@ fn text(record: &VmRecord, state: &str, offering: &str) -> String {
         vec!["source".into(), source(record)],
         vec!["offering".into(), offering.into()],
     ];
-    if record.state != VmState::Ready {
+    if !state.is_empty() {
         rows.push(vec!["state".into(), state.into()]);
     }
     if let Some(dir) = &record.delta_dir {

@@ -5,7 +5,9 @@
 
 use std::process::{Command, Stdio};
 
-use super::{HypervisorError, Result};
+use rustix::process::{Pid, Signal, kill_process};
+
+use super::{HypervisorError, Result, limit};
 
 /// Where the disk is.
 pub(super) struct Disk<'a> {
@@ -78,13 +80,23 @@ impl Disk<'_> {
 
     /// Its output, or its complaint.
     fn virsh(&self, args: &[&str]) -> Result<std::result::Result<String, String>> {
-        let output = Command::new("virsh")
+        let child = Command::new("virsh")
             .args(["-q", "-c", self.uri])
             .args(args)
             .env("LC_ALL", "C")
             .stdin(Stdio::null())
-            .output()
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
             .map_err(|why| HypervisorError::NoVirsh { why })?;
+        let pid = Pid::from_child(&child);
+        let doing = format!("ask for {} of a disk", args.first().unwrap_or(&"a job"));
+        let ended = limit::within(limit::of_a_call(), self.uri, &doing, move || child.wait_with_output());
+        if ended.is_err() {
+            // It must not do later what nobody waits for.
+            let _ = kill_process(pid, Signal::KILL);
+        }
+        let output = ended?.map_err(|why| HypervisorError::NoVirsh { why })?;
         if output.status.success() {
             return Ok(Ok(String::from_utf8_lossy(&output.stdout).into_owned()));
         }

@@ -7,6 +7,13 @@ use std::time::Duration;
 /// Result of a call to a hypervisor.
 pub type Result<T> = std::result::Result<T, HypervisorError>;
 
+fn unasked(silent: &[String]) -> String {
+    if silent.is_empty() {
+        return String::new();
+    }
+    format!(" that answers (no answer: {})", silent.join(", "))
+}
+
 /// What was being done, with what, what went wrong, what to do.
 #[derive(Debug, thiserror::Error)]
 pub enum HypervisorError {
@@ -20,6 +27,18 @@ pub enum HypervisorError {
         /// The connection was lost in the middle of a change.
         changing: bool,
     },
+    /// libvirt takes calls and does not answer them.
+    #[error(
+        "cannot {doing}: the libvirt at {uri} hangs ({why}); see whether `virsh -c {uri} list` answers, restart it (`systemctl restart libvirtd` or virtqemud) if not, and run `knibfs recover` then; the setting knib.timeout says how long it may take"
+    )]
+    Silent {
+        /// The host.
+        uri: String,
+        /// What, as it follows "cannot".
+        doing: String,
+        /// How long nothing came.
+        why: String,
+    },
     /// No such domain.
     #[error("there is no domain \"{domain}\" at {uri}; `virsh -c {uri} list --all` shows what there is")]
     NoSuchDomain {
@@ -27,6 +46,21 @@ pub enum HypervisorError {
         uri: String,
         /// Name or UUID as given.
         domain: String,
+    },
+    /// No host that is known has the domain any more.
+    #[error(
+        "the domain of {vm} (UUID {uuid}) is gone: {uri} has it no longer, nor has any other host of `knibfs host list`{}; name the host that it moved to with `knibfs host add`, or take it out of knibfs's care with `knibfs vm remove {vm}`, which keeps its backups",
+        unasked(silent)
+    )]
+    Gone {
+        /// The VM.
+        vm: String,
+        /// The domain's UUID.
+        uuid: String,
+        /// The host where it was.
+        uri: String,
+        /// Hosts that could not be asked.
+        silent: Vec<String>,
     },
     /// No such volume.
     #[error("{vm} has no disk \"{target}\" that can be backed up; it has {there}")]

@@ -17,6 +17,9 @@ mod images;
 mod layers;
 #[cfg(feature = "libvirt")]
 pub(crate) mod libvirt;
+// Nothing but libvirt is waited for.
+#[cfg_attr(not(feature = "libvirt"), allow(dead_code))]
+pub mod limit;
 mod offline;
 pub mod thaw_guard;
 pub mod xml;
@@ -29,6 +32,7 @@ use std::time::Duration;
 use uuid::Uuid;
 
 pub use crate::store::manifest::ImageFormat;
+pub use crate::store::restore_op::ErrorPolicy;
 pub use error::{HypervisorError, Result};
 pub use header::backing_chain;
 pub use images::Images;
@@ -112,7 +116,8 @@ pub trait Hypervisor: Send + Sync {
     }
 
     /// Reads the data of a running VM's disk into its live image until no image below the folder `foreign` is in its
-    /// chain. A job that an earlier call, killed since, left running is taken over.
+    /// chain. A job that an earlier call, killed since, left running is taken over. What was pulled lasts after
+    /// [`Hypervisor::flush`].
     ///
     /// # Errors
     /// [`HypervisorError::Cancelled`], [`HypervisorError::PullFailed`]: the guest sees the same data as before.
@@ -120,7 +125,42 @@ pub trait Hypervisor: Send + Sync {
         Err(HypervisorError::no_domain())
     }
 
-    /// Opens all images of a running VM anew, by saving its memory and starting it from there.
+    /// Makes what was pulled into the live image `path` last, however QEMU ends. A VM that runs stands still for a moment: one
+    /// that is found paused after a crash in this is to be resumed.
+    ///
+    /// # Errors
+    /// libvirt's reason.
+    fn flush(&self, _path: &Path) -> Result<()> {
+        Err(HypervisorError::no_domain())
+    }
+
+    /// Lets the processors of a VM that is paused go on; others are left as they are.
+    ///
+    /// # Errors
+    /// libvirt's reason.
+    fn resume(&self) -> Result<()> {
+        Err(HypervisorError::no_domain())
+    }
+
+    /// Lets a VM go on that QEMU paused because a disk could not be read or written; whether it was one. What failed is
+    /// done again, and the guest notices nothing but a pause.
+    ///
+    /// # Errors
+    /// libvirt's reason.
+    fn resume_after_error(&self) -> Result<bool> {
+        Err(HypervisorError::no_domain())
+    }
+
+    /// Sets in the definition of the next run what becomes of I/O errors of a disk. The run that goes on keeps what it has.
+    ///
+    /// # Errors
+    /// libvirt's reason.
+    fn set_error_policy(&self, _target: &str, _policy: &ErrorPolicy) -> Result<()> {
+        Err(HypervisorError::no_domain())
+    }
+
+    /// Opens all images of a running VM anew, by saving its memory and starting it from there. One that I/O errors paused runs
+    /// then; one that a person paused stays so.
     ///
     /// # Errors
     /// libvirt's reason; saved memory is used by the next start.
@@ -309,6 +349,8 @@ pub struct DiskPlace {
     pub chain: Vec<ImageRef>,
     /// The `<disk>` that is added where the VM has no such disk.
     pub model: Option<String>,
+    /// What becomes of I/O errors; none leaves that as it is.
+    pub errors: Option<ErrorPolicy>,
 }
 
 /// How pulling ended.

@@ -12,8 +12,8 @@ use std::time::Duration;
 
 use super::layers::{check_new, is_block, place, same_file, volume, without};
 use super::{
-    Definition, Guest, GuestVolume, Hypervisor, HypervisorError, ImageFormat, ImageRef, ImageUser, Images,
-    JobControl, NewOverlay, NotTaken, Power, Quiesce, Result, Snapshot, header,
+    Definition, DiskPlace, Guest, GuestVolume, Hypervisor, HypervisorError, ImageFormat, ImageRef, ImageUser,
+    Images, JobControl, NewOverlay, NotTaken, Power, Quiesce, Result, Snapshot, header,
 };
 use crate::failpoint;
 use crate::store::vm::Track;
@@ -101,10 +101,7 @@ impl DiskFiles {
         let backing =
             ImageRef { path: frozen.file_name().map(PathBuf::from).unwrap_or_default(), ..image.clone() };
         self.images.create_overlay(&fresh, &backing)?;
-        let old = std::fs::metadata(&image.path).map_err(HypervisorError::io("look at", &image.path))?;
-        std::os::unix::fs::chown(&fresh, Some(old.uid()), Some(old.gid()))
-            .and_then(|()| std::fs::set_permissions(&fresh, old.permissions()))
-            .map_err(HypervisorError::io("set the owner of", &fresh))?;
+        as_owned(&fresh, &image.path)?;
         sync_folder(&image.path)?;
         failpoint::hit("overlay-made");
         Ok(())
@@ -267,11 +264,41 @@ impl Hypervisor for DiskFiles {
         Ok(users)
     }
 
+    /// Puts the overlay that is each chain's first image in the place of the live image, which is gone then. One that is
+    /// not there any more has its place already.
+    fn place(&self, disks: &[DiskPlace]) -> Result<()> {
+        let mut todo = Vec::new();
+        for disk in disks {
+            let (Some(image), Some(fresh)) = (self.image(&disk.target), disk.chain.first()) else { continue };
+            if fresh.path.symlink_metadata().is_ok() {
+                self.check_overlay(image, &fresh.path)?;
+                self.images.check_unused(image)?;
+                todo.push((image, &fresh.path));
+            }
+        }
+        for (image, fresh) in todo {
+            as_owned(fresh, &image.path)?;
+            std::fs::rename(fresh, &image.path)
+                .map_err(HypervisorError::io("put the overlay at", &image.path))?;
+            failpoint::hit("overlay-swapped");
+            sync_folder(&image.path)?;
+        }
+        Ok(())
+    }
+
     fn agent_ping(&self, _limit: Duration) -> Result<()> {
         Err(HypervisorError::Unsupported {
             what: format!("\"{}\" is disk files of a VM that is off: there is no guest to ask", self.name),
         })
     }
+}
+
+/// Gives a new image the owner and the permissions of the one whose place it takes.
+fn as_owned(fresh: &Path, like: &Path) -> Result<()> {
+    let old = std::fs::metadata(like).map_err(HypervisorError::io("look at", like))?;
+    std::os::unix::fs::chown(fresh, Some(old.uid()), Some(old.gid()))
+        .and_then(|()| std::fs::set_permissions(fresh, old.permissions()))
+        .map_err(HypervisorError::io("set the owner of", fresh))
 }
 
 fn fresh_name(path: &Path) -> PathBuf {

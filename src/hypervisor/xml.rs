@@ -3,6 +3,7 @@
 //! Changes are splices of byte ranges, so comments, unknown elements, namespaces and the order of attributes stay as
 //! libvirt or a person wrote them. Format: <https://libvirt.org/formatdomain.html#hard-drives-floppy-disks-cdroms>.
 
+pub mod errors;
 pub mod new;
 
 use std::ops::Range;

@@ -3,12 +3,13 @@
 
 pub mod create;
 mod failure;
-pub mod fill;
 pub mod flat;
+pub mod image_opts;
 pub mod name;
 pub mod open;
 pub mod optlist;
 pub mod size;
 pub mod snapshots;
+pub mod unsynced;
 
 pub use failure::Failure;

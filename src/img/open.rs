@@ -45,6 +45,12 @@ const UNSUPPORTED: [&str; 16] = [
     "vvfat",
 ];
 
+/// The format that is neither raw nor qcow2 of an image that begins with `head` (at least 68 bytes, if it has them).
+pub fn other_format(head: &[u8]) -> Option<&'static str> {
+    let is = |offset: u64, magic| head.get(offset as usize..).is_some_and(|rest| rest.starts_with(magic));
+    OTHERS.into_iter().find(|(offset, magic, _)| is(*offset, magic)).map(|(_, _, called)| called)
+}
+
 /// The format of this name.
 pub fn format(of: &str) -> Result<Format, Failure> {
     Format::from_name(of).ok_or_else(|| {
@@ -116,12 +122,10 @@ fn probe(storage: &dyn Storage) -> Result<(Format, bool), String> {
     let mut head = [0u8; 512];
     let n = storage.read_at(&mut head, 0).map_err(|e| e.to_string())?;
     let head = head.get(..n).unwrap_or(&[]);
-    for (offset, magic, called) in OTHERS {
-        if head.get(offset as usize..).is_some_and(|rest| rest.starts_with(magic)) {
-            return Err(format!(
-                "it is a {called} image, and only raw and qcow2 are supported (-f raw takes its bytes as they are)"
-            ));
-        }
+    if let Some(called) = other_format(head) {
+        return Err(format!(
+            "it is a {called} image, and only raw and qcow2 are supported (-f raw takes its bytes as they are)"
+        ));
     }
     if head.starts_with(b"QFI\xfb") { Ok((Format::Qcow2, false)) } else { Ok((Format::Raw, true)) }
 }

@@ -34,6 +34,11 @@ impl Access {
         read | (read >> 2)
     }
 
+    /// Bits of a folder with secrets: only its owner's.
+    pub fn secret_folder_mode(&self) -> u16 {
+        0o700
+    }
+
     /// Bits of a file with secrets: only its owner's.
     pub fn secret_mode(&self) -> u16 {
         0o600

@@ -4,16 +4,12 @@ use std::collections::BTreeSet;
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
-use std::time::Duration;
 
-use knib_fuse::{MountConfig, MountError, OpenFiles, Server, Stopper, Tree, mount_at, unmount};
+use knib_fuse::{mount_at, unmount};
 use rustix::mount::UnmountFlags;
-use signal_hook::consts::{SIGINT, SIGTERM};
-use signal_hook::iterator::Signals;
 
 /// Source of our mounts, and behind `fuse.` their type.
-const NAME: &str = "knibfs";
+pub(super) const NAME: &str = "knibfs";
 const TYPE: &str = "fuse.knibfs";
 
 /// Why a folder cannot be a mount point, or not be unmounted; each with the way out.
@@ -64,6 +60,13 @@ impl MountPoint {
         }
         if store.starts_with(&place) {
             return Err(PlaceError::OverTheStore(place));
+        }
+        if fs::read_dir(&place).is_ok_and(|mut names| names.next().is_some()) {
+            // As mount(8) does: some put a file there that says that nothing is mounted.
+            tracing::warn!(
+                "{} is not empty: what lies there is hidden until `knibfs umount` takes the mount away",
+                place.display()
+            );
         }
         Ok(Self(place))
     }
@@ -143,7 +146,7 @@ pub fn holders_of(place: &Path) -> Vec<u32> {
 }
 
 /// `qemu-system-x86 (pid 17), cp (pid 4)`.
-fn describe(pids: &[u32]) -> String {
+pub(super) fn describe(pids: &[u32]) -> String {
     let name = |pid: &u32| {
         let name = fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
         match name.trim() {
@@ -157,67 +160,8 @@ fn describe(pids: &[u32]) -> String {
     }
 }
 
-/// Mounts a tree and serves it until it is unmounted or the program is asked to end.
-pub fn serve(
-    tree: Arc<dyn Tree>,
-    place: &MountPoint,
-    threads: usize,
-    allow_other: bool,
-    ready: impl FnOnce() -> io::Result<()>,
-) -> anyhow::Result<()> {
-    raise_limit_of_open_files();
-    let config = MountConfig { threads, allow_other, name: NAME.into() };
-    // Before the mount: a signal from now on must not leave one behind.
-    let signals = Signals::new([SIGTERM, SIGINT])?;
-    let server = Server::mount(tree, place.path(), &config).map_err(|e: MountError| anyhow::anyhow!(e))?;
-    let (files, stopper) = (server.open_files(), server.stopper());
-    let mount_point = place.path().to_path_buf();
-    std::thread::Builder::new()
-        .name("signals".into())
-        .spawn(move || end_on_signals(signals, &files, &stopper, &mount_point))?;
-    ready()?;
-    server.run()?;
-    Ok(())
-}
-
-/// The first signal ends the mount when nobody uses it; the second does so under them: what is open stays readable
-/// until it is closed; the third ends the program.
-fn end_on_signals(mut signals: Signals, files: &Arc<OpenFiles>, stopper: &Stopper, place: &Path) {
-    let detach = |stopper: &Stopper| {
-        if let Err(error) = stopper.detach() {
-            tracing::error!("cannot unmount: {error}");
-        }
-    };
-    for (count, _) in signals.forever().enumerate() {
-        match count {
-            0 if files.is_empty() => detach(stopper),
-            0 => {
-                let holders: Vec<u32> =
-                    files.holders().iter().map(|h| h.pid).collect::<BTreeSet<_>>().into_iter().collect();
-                tracing::warn!(
-                    "{} is in use by {}: it is unmounted when they have closed their files, or at once on the next signal",
-                    place.display(),
-                    describe(&holders)
-                );
-                let (files, stopper) = (files.clone(), stopper.clone());
-                let waiter = std::thread::Builder::new().name("waiter".into()).spawn(move || {
-                    while !files.is_empty() {
-                        files.wait_for_close(Duration::from_secs(1));
-                    }
-                    let _ = stopper.detach();
-                });
-                if let Err(error) = waiter {
-                    tracing::error!("cannot wait for files to be closed: {error}");
-                }
-            }
-            1 => detach(stopper),
-            _ => std::process::exit(1),
-        }
-    }
-}
-
 /// A chain of 200 images takes 400 files.
-fn raise_limit_of_open_files() {
+pub(super) fn raise_limit_of_open_files() {
     use rustix::process::{Resource, getrlimit, setrlimit};
     let mut limit = getrlimit(Resource::Nofile);
     limit.current = limit.maximum;

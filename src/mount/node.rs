@@ -1,7 +1,10 @@
 //! What a node is, and the number that follows from it.
 
-use crate::store::{BackupId, BackupName, DiskName, StoreId, VmName};
-use crate::verified::number;
+use knib_fuse::{FsError, FsResult, Problem};
+
+use super::small::SmallPath;
+use crate::store::{BackupId, BackupName, DiskName, Manifest, Store, StoreId, VmName};
+use crate::verified::{Damage, number};
 
 /// Where a backup lies, and which one it is.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -39,31 +42,34 @@ pub enum Node {
         of: BackupRef,
         disk: DiskName,
     },
-    /// `manifest.json` or `domain.xml` with a hash of its text.
-    Text {
+    /// `manifest.json`, `domain.xml`, … with a hash of its bytes.
+    Small {
         of: BackupRef,
-        file: TextFile,
+        path: SmallPath,
         hash: u64,
+    },
+    /// `tpm/` and folders in it.
+    SmallFolder {
+        of: BackupRef,
+        path: SmallPath,
     },
     /// `by-id/<id>`.
     IdLink(BackupRef),
 }
 
-/// Small files of a backup.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum TextFile {
-    Manifest,
-    DomainXml,
-}
+impl BackupRef {
+    /// The backup that a manifest tells of.
+    pub fn new(manifest: &Manifest) -> Self {
+        Self { vm: manifest.vm.clone(), name: manifest.name.clone(), id: manifest.id }
+    }
 
-impl TextFile {
-    pub const ALL: [Self; 2] = [Self::Manifest, Self::DomainXml];
-
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Manifest => "manifest.json",
-            Self::DomainXml => "domain.xml",
-        }
+    /// Its manifest as it is now, which must still be the same backup's.
+    pub fn manifest(&self, store: &Store, damage: &Damage) -> FsResult<Manifest> {
+        let found = store.manifest(&self.vm, &self.name).map_err(|e| match damage.of_store(&e) {
+            gone if gone.problem() == Problem::NotFound => FsError::stale(),
+            other => other,
+        })?;
+        if found.id == self.id { Ok(found) } else { Err(FsError::stale()) }
     }
 }
 
@@ -90,8 +96,11 @@ impl Node {
                 of_store("stored", &[of.id.uuid().as_bytes(), disk.as_str().as_bytes(), digest.as_bytes()])
             }
             Self::Raw { of, disk } => of_store("raw", &[of.id.uuid().as_bytes(), disk.as_str().as_bytes()]),
-            Self::Text { of, file, hash } => {
-                of_store("text", &[of.id.uuid().as_bytes(), file.name().as_bytes(), &hash.to_le_bytes()])
+            Self::Small { of, path, hash } => {
+                of_store("text", &[of.id.uuid().as_bytes(), path.as_str().as_bytes(), &hash.to_le_bytes()])
+            }
+            Self::SmallFolder { of, path } => {
+                of_store("folder", &[of.id.uuid().as_bytes(), path.as_str().as_bytes()])
             }
             Self::IdLink(of) => of_store("id", &[of.id.uuid().as_bytes()]),
         }
@@ -100,6 +109,7 @@ impl Node {
 
 #[cfg(test)]
 mod tests {
+    use super::super::small::Small;
     use super::*;
 
     #[test]
@@ -111,6 +121,9 @@ mod tests {
             id: BackupId::random(),
         };
         let disk: DiskName = "root".parse().unwrap();
+        let small = |name: &str| match SmallPath::in_backup(name).unwrap() {
+            Small::File(path) | Small::Folder(path) => path,
+        };
         let stored =
             |digest: &str| Node::Stored { of: of.clone(), disk: disk.clone(), digest: digest.into() };
         let nodes = [
@@ -125,8 +138,9 @@ mod tests {
             stored("a"),
             stored("b"),
             Node::Raw { of: of.clone(), disk: disk.clone() },
-            Node::Text { of: of.clone(), file: TextFile::Manifest, hash: 1 },
-            Node::Text { of: of.clone(), file: TextFile::DomainXml, hash: 1 },
+            Node::Small { of: of.clone(), path: small("manifest.json"), hash: 1 },
+            Node::Small { of: of.clone(), path: small("domain.xml"), hash: 1 },
+            Node::SmallFolder { of: of.clone(), path: small("tpm") },
             Node::IdLink(of.clone()),
         ];
         let numbers: std::collections::BTreeSet<u64> = nodes.iter().map(|n| n.ino(store)).collect();

@@ -1,6 +1,7 @@
 //! `MNT/.knibfs/status`: what the mount has done so far, for a person and for a scraper (Prometheus' text format).
 
 use std::fmt::Write as _;
+use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -55,6 +56,14 @@ impl<F: File> File for Counted<F> {
         result
     }
 
+    fn lock(&self) -> Option<BorrowedFd<'_>> {
+        self.file.lock()
+    }
+
+    fn waits(&self) -> bool {
+        self.file.waits()
+    }
+
     fn replied(&self) {
         self.file.replied();
     }
@@ -68,16 +77,20 @@ impl<F: File> File for Counted<F> {
     }
 }
 
+/// Which process serves what.
+pub struct ServerInfo {
+    /// Id of the store.
+    pub store: String,
+    /// Since when.
+    pub started: SystemTime,
+    /// Servers that the mount had before.
+    pub restarts: u64,
+}
+
 /// The text. `damage` is how often each stored file was found damaged.
-pub fn text(
-    counters: &Counters,
-    cache: CacheStats,
-    store: &str,
-    started: SystemTime,
-    damage: &[(String, u64)],
-) -> String {
+pub fn text(counters: &Counters, cache: CacheStats, server: &ServerInfo, damage: &[(String, u64)]) -> String {
     let count = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
-    let started = started.duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs());
+    let started = server.started.duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs());
     let mut out = String::new();
     let mut line = |name: &str, kind: &str, help: &str, values: &[(String, u64)]| {
         // Writing to a string does not fail.
@@ -87,9 +100,18 @@ pub fn text(
         }
     };
     let one = |value: u64| [(String::new(), value)];
-    let info = format!("{{version=\"{}\",store=\"{store}\"}}", env!("CARGO_PKG_VERSION"));
+    let info = format!("{{version=\"{}\",store=\"{}\"}}", env!("CARGO_PKG_VERSION"), server.store);
     line("info", "gauge", "Version of the program and id of the store.", &[(info, 1)]);
-    line("start_time_seconds", "gauge", "When it was mounted.", &one(started));
+    line("start_time_seconds", "gauge", "When this server was started.", &one(started));
+    let keeper = rustix::process::getppid().map_or(0, |pid| pid.as_raw_nonzero().get().cast_unsigned());
+    line("keeper_pid", "gauge", "Process that starts the next one.", &one(keeper.into()));
+    line("server_pid", "gauge", "Process that serves.", &one(std::process::id().into()));
+    line(
+        "server_restarts_total",
+        "counter",
+        "Servers of this mount that died or were replaced.",
+        &one(server.restarts),
+    );
     line("open_files", "gauge", "Disks and stored files that are open.", &one(count(&counters.open)));
     line("reads_total", "counter", "Reads of disks and stored files.", &one(count(&counters.reads)));
     line("read_bytes_total", "counter", "Bytes of these.", &one(count(&counters.bytes)));

@@ -1,26 +1,30 @@
 //! The tree: names and nodes of a store.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::ffi::{OsStr, OsString};
 use std::fs;
+use std::io;
 use std::os::unix::fs::MetadataExt as _;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use jiff::Timestamp;
 use knib_fuse::{
-    Attr, BlockCache, BlockFile, DirEntry, File, FsError, FsResult, Ino, NodeKind, Problem, ReadAhead,
-    Statfs, Tree,
+    Attr, BlockCache, DirEntry, File, FsError, FsResult, Ino, NodeKind, Problem, ReadAhead, Statfs, Tree,
 };
-use parking_lot::RwLock;
+use parking_lot::{Mutex, RwLock};
 
 use super::access::Access;
-use super::node::{BackupRef, Node, TextFile};
-use super::status::{self, Counted, Counters};
+use super::boot::BootDisk;
+use super::catalog::{Catalog, Stamp};
+use super::moving::{Disks, while_stale};
+use super::node::{BackupRef, Node};
+use super::small::{Small, SmallPath};
+use super::status::{self, Counted, Counters, ServerInfo};
 use super::text::Text;
 use crate::store::manifest::Disk;
 use crate::store::sums::fast;
-use crate::store::{BackupId, BackupName, DiskName, Manifest, Store, StoreError, VmName, disk_file};
+use crate::store::{BackupId, BackupName, DiskName, Manifest, Store, StoreError, VmName, disk_file, plain};
 use crate::verified::VerifiedReader;
 
 /// How a store is shown.
@@ -32,6 +36,8 @@ pub struct TreeConfig {
     pub cache_size: usize,
     /// For leases: where it is mounted.
     pub mounted_at: String,
+    /// Servers that the mount had before.
+    pub restarts: u64,
 }
 
 /// A store as a tree.
@@ -39,23 +45,27 @@ pub struct StoreTree {
     store: Store,
     config: TreeConfig,
     nodes: RwLock<HashMap<u64, Node>>,
-    reader: VerifiedReader,
+    catalog: Catalog,
+    /// Backups whose nodes are all known, and by which manifest.
+    met: Mutex<HashSet<(BackupId, Stamp)>>,
+    reader: Arc<VerifiedReader>,
+    disks: Arc<Disks>,
     counters: Arc<Counters>,
     blocks: Arc<BlockCache>,
-    ahead: Arc<ReadAhead>,
     made: SystemTime,
 }
-
-/// No backup's text is longer. Bytes.
-const LONGEST_TEXT: u64 = 64 << 20;
 
 impl StoreTree {
     /// A tree over an opened store.
     pub fn new(store: Store, config: TreeConfig) -> std::io::Result<Self> {
+        let reader = VerifiedReader::new(store.clone(), &format!("the mount at {}", config.mounted_at));
+        let (reader, blocks) = (Arc::new(reader), BlockCache::new(config.cache_size));
         Ok(Self {
-            blocks: BlockCache::new(config.cache_size),
-            ahead: ReadAhead::start()?,
-            reader: VerifiedReader::new(store.clone(), &format!("the mount at {}", config.mounted_at)),
+            catalog: Catalog::new(store.clone(), reader.damage().clone()),
+            met: Mutex::default(),
+            disks: Disks::start(store.clone(), reader.clone(), blocks.clone(), ReadAhead::start()?)?,
+            reader,
+            blocks,
             counters: Arc::default(),
             nodes: RwLock::default(),
             made: SystemTime::now(),
@@ -70,7 +80,8 @@ impl StoreTree {
 
     fn status(&self) -> String {
         let store = self.store.id().to_string();
-        status::text(&self.counters, self.blocks.stats(), &store, self.made, &self.reader.damage().by_file())
+        let server = ServerInfo { store, started: self.made, restarts: self.config.restarts };
+        status::text(&self.counters, self.blocks.stats(), &server, &self.reader.damage().by_file())
     }
 
     fn remember(&self, node: Node) -> Ino {
@@ -95,17 +106,20 @@ impl StoreTree {
 
     /// Meets every node there is, so that its number is known.
     fn meet_all(&self) -> FsResult<()> {
-        for node in [Node::Vms, Node::ById, Node::Control] {
+        let damage = Node::Damage { version: self.reader.damage().text().0 };
+        for node in [Node::Vms, Node::ById, Node::Control, Node::Status, damage] {
             self.remember(node);
         }
         for vm in self.store.vms().map_err(|e| self.error(&e))? {
-            for manifest in self.store.backups(&vm).map_err(|e| self.error(&e))?.manifests {
-                let of = backup_ref(&manifest);
-                self.remember(Node::IdLink(of.clone()));
-                for (_, node) in self.children(&of, &manifest) {
-                    self.remember(node);
+            // What is damaged or gone has no nodes; the others' are looked for all the same.
+            for found in self.catalog.all(&vm).unwrap_or_default() {
+                // Nodes change with their manifest only.
+                if !self.met.lock().insert((found.of.id, found.stamp)) {
+                    continue;
                 }
-                self.remember(Node::Backup(of));
+                self.remember(Node::IdLink(found.of.clone()));
+                self.meet(&found.of);
+                self.remember(Node::Backup(found.of));
             }
             self.remember(Node::Latest(vm.clone()));
             self.remember(Node::Vm(vm));
@@ -113,13 +127,30 @@ impl StoreTree {
         Ok(())
     }
 
+    /// Meets what lies in a backup.
+    fn meet(&self, of: &BackupRef) {
+        let Ok(manifest) = self.manifest(of) else { return };
+        let mut folders: Vec<_> = self.children(of, &manifest).into_iter().map(|(_, node)| node).collect();
+        while let Some(node) = folders.pop() {
+            if let Node::SmallFolder { of, path } = &node {
+                let names = self.in_small_folder(of, path).unwrap_or_default();
+                folders.extend(names.into_iter().map(|(_, node)| node));
+            }
+            self.remember(node);
+        }
+    }
+
     /// The manifest of a backup, which must still be the same one.
     fn manifest(&self, of: &BackupRef) -> FsResult<Manifest> {
-        let found = self.store.manifest(&of.vm, &of.name).map_err(|e| match self.error(&e) {
-            gone if gone.problem() == Problem::NotFound => FsError::stale(),
-            other => other,
-        })?;
-        if found.id == of.id { Ok(found) } else { Err(FsError::stale()) }
+        of.manifest(&self.store, self.reader.damage())
+    }
+
+    /// When a backup was taken.
+    fn taken(&self, of: &BackupRef) -> FsResult<SystemTime> {
+        match self.catalog.find(of) {
+            Some(found) => Ok(time(found.taken)),
+            None => Ok(time(self.manifest(of)?.taken)),
+        }
     }
 
     fn disk<'a>(&self, manifest: &'a Manifest, name: &DiskName) -> FsResult<&'a Disk> {
@@ -130,51 +161,69 @@ impl StoreTree {
     fn children(&self, of: &BackupRef, manifest: &Manifest) -> Vec<(String, Node)> {
         let mut found = Vec::new();
         for disk in &manifest.disks {
-            let (of, name) = (of.clone(), disk.name.clone());
-            let stored =
-                Node::Stored { of: of.clone(), disk: name.clone(), digest: disk.sums_digest.clone() };
-            found.push((disk_file(&disk.name), stored));
-            found.push((format!("{name}.raw"), Node::Raw { of, disk: name }));
+            found.push((disk_file(&disk.name), stored_node(of, disk)));
+            found.push((raw_name(&disk.name), raw_node(of, disk)));
         }
-        for file in TextFile::ALL {
-            if let Ok(text) = self.read_text(of, file) {
-                found.push((file.name().into(), text_node(of, file, &text)));
+        for (name, small) in SmallPath::all() {
+            // What is damaged is told when it is asked for by its name; the folder lists the others.
+            if let Ok(Some(node)) = self.small_node(of, small) {
+                found.push((name.into(), node));
             }
         }
         found.sort_by(|a, b| a.0.cmp(&b.0));
         found
     }
 
-    fn read_text(&self, of: &BackupRef, file: TextFile) -> FsResult<Vec<u8>> {
-        let path = self.store.backup_dir(&of.vm, &of.name).join(file.name());
-        let io = |e| self.error(&StoreError::Io { doing: "read", path: path.clone(), source: e });
-        if fs::metadata(&path).map_err(io)?.len() > LONGEST_TEXT {
-            return Err(self.error(&StoreError::damaged(&path, "it is too long")));
+    /// The child of a backup's folder with that name.
+    fn child_of_backup(&self, of: &BackupRef, name: &str) -> FsResult<Node> {
+        if let Some(small) = SmallPath::in_backup(name) {
+            return self.small_node(of, small)?.ok_or_else(FsError::not_found);
         }
-        fs::read(&path).map_err(io)
+        let manifest = self.manifest(of)?;
+        let mut disks = manifest.disks.iter();
+        let found = disks.find_map(|disk| match name {
+            name if *name == *disk_file(&disk.name) => Some(stored_node(of, disk)),
+            name if *name == *raw_name(&disk.name) => Some(raw_node(of, disk)),
+            _ => None,
+        });
+        found.ok_or_else(FsError::not_found)
     }
 
-    fn listed(&self, vm: &VmName) -> FsResult<Vec<Manifest>> {
-        let found = self.store.backups(vm).map_err(|e| self.error(&e))?;
-        for (name, error) in found.damaged {
-            // Said once in the log and in .knibfs/damage; the others are as good as before.
-            let reason = self.error(&error);
-            tracing::warn!("the backup {vm}/{name} is not shown: {reason}");
-        }
-        Ok(found.manifests.into_iter().filter(Manifest::is_listed).collect())
-    }
-
-    fn latest(&self, vm: &VmName) -> FsResult<Option<Manifest>> {
-        Ok(self.listed(vm)?.pop())
-    }
-
-    fn find_id(&self, id: BackupId) -> FsResult<Option<BackupRef>> {
-        for vm in self.store.vms().map_err(|e| self.error(&e))? {
-            if let Some(found) = self.listed(&vm)?.into_iter().find(|m| m.id == id) {
-                return Ok(Some(backup_ref(&found)));
+    /// The node of a small file or folder, where there is one.
+    fn small_node(&self, of: &BackupRef, small: Small) -> FsResult<Option<Node>> {
+        match small {
+            Small::File(path) => {
+                let found = path.read(&self.store, of).map_err(|e| self.error(&e))?;
+                let node = |bytes: Vec<u8>| Node::Small { of: of.clone(), hash: small_hash(&bytes), path };
+                Ok(found.map(node))
+            }
+            Small::Folder(path) => {
+                let found = self.list_small(of, &path)?;
+                Ok(found.map(|_| Node::SmallFolder { of: of.clone(), path }))
             }
         }
-        Ok(None)
+    }
+
+    fn list_small(&self, of: &BackupRef, path: &SmallPath) -> FsResult<Option<Vec<(String, Small)>>> {
+        let backup = self.store.backup_dir(&of.vm, &of.name);
+        path.list(&backup).map_err(|e| FsError::io("read a folder of the store", &e))
+    }
+
+    fn in_small_folder(&self, of: &BackupRef, path: &SmallPath) -> FsResult<Vec<(String, Node)>> {
+        let found = self.list_small(of, path)?.ok_or_else(FsError::stale)?;
+        let node = |(name, small)| Some((name, self.small_node(of, small).ok()??));
+        Ok(found.into_iter().filter_map(node).collect())
+    }
+
+    /// The bytes of a small file, which must still be the same.
+    fn small(&self, of: &BackupRef, path: &SmallPath, hash: u64) -> FsResult<Vec<u8>> {
+        let found = path.read(&self.store, of).map_err(|e| self.error(&e))?;
+        found.filter(|bytes| small_hash(bytes) == hash).ok_or_else(FsError::stale)
+    }
+
+    fn is_vm(&self, vm: &VmName) -> FsResult<bool> {
+        let failed = |e: io::Error| FsError::io("look at a folder of the store", &e);
+        Ok(plain::is_folder(&self.store.vm_dir(vm)).map_err(failed)? && self.store.vm_path(vm).exists())
     }
 
     fn child(&self, folder: &Node, name: &str) -> FsResult<Node> {
@@ -190,27 +239,32 @@ impl StoreTree {
             Node::Control if name == "damage" => Ok(Node::Damage { version: self.reader.damage().text().0 }),
             Node::Vms => {
                 let vm = VmName::new(name).map_err(|_| not_found())?;
-                if self.store.vm_path(&vm).exists() { Ok(Node::Vm(vm)) } else { Err(not_found()) }
+                if self.is_vm(&vm)? { Ok(Node::Vm(vm)) } else { Err(not_found()) }
             }
             Node::ById => {
                 let id: BackupId = name.parse().map_err(|_| not_found())?;
                 // One spelling only.
-                let found = if id.to_string() == name { self.find_id(id)? } else { None };
+                let found = if id.to_string() == name { self.catalog.by_id(id)? } else { None };
                 Ok(Node::IdLink(found.ok_or_else(not_found)?))
             }
             Node::Vm(vm) if name == "latest" => {
-                self.latest(vm)?.map(|_| Node::Latest(vm.clone())).ok_or_else(not_found)
+                self.catalog.listed(vm)?.last().map(|_| Node::Latest(vm.clone())).ok_or_else(not_found)
             }
             Node::Vm(vm) => {
                 // Also one that is removed and kept for its children: their images name it.
                 let name = BackupName::new(name).map_err(|_| not_found())?;
+                let dir = self.store.backup_dir(vm, &name);
+                if !plain::is_folder(&dir).map_err(|e| FsError::io("look at a folder of the store", &e))? {
+                    return Err(not_found());
+                }
                 let manifest = self.store.manifest(vm, &name).map_err(|e| self.error(&e))?;
-                Ok(Node::Backup(backup_ref(&manifest)))
+                Ok(Node::Backup(BackupRef::new(&manifest)))
             }
-            Node::Backup(of) => {
-                let manifest = self.manifest(of)?;
-                let found = self.children(of, &manifest).into_iter().find(|(child, _)| child == name);
-                found.map(|(_, node)| node).ok_or_else(not_found)
+            Node::Backup(of) => self.child_of_backup(of, name),
+            Node::SmallFolder { of, path } => {
+                let found = self.list_small(of, path)?.ok_or_else(FsError::stale)?;
+                let small = found.into_iter().find(|(child, _)| child == name).ok_or_else(not_found)?.1;
+                self.small_node(of, small)?.ok_or_else(not_found)
             }
             Node::Control => Err(not_found()),
             _ => Err(FsError::new(Problem::NotAFolder, "not a folder")),
@@ -251,11 +305,11 @@ impl StoreTree {
                 attr(NodeKind::File, len, len, SystemTime::now(), file_mode, false)
             }
             Node::Latest(vm) => {
-                let latest = self.latest(vm)?.ok_or_else(FsError::stale)?;
-                link(latest.name.as_str().len(), time(latest.taken))
+                let latest = self.catalog.listed(vm)?.pop().ok_or_else(FsError::stale)?;
+                link(latest.of.name.as_str().len(), time(latest.taken))
             }
-            Node::Backup(of) => folder(time(self.manifest(of)?.taken)),
-            Node::IdLink(of) => link(id_target(of).len(), time(self.manifest(of)?.taken)),
+            Node::Backup(of) => folder(self.taken(of)?),
+            Node::IdLink(of) => link(id_target(of).len(), self.taken(of)?),
             Node::Stored { of, disk, digest } => {
                 let manifest = self.manifest(of)?;
                 let disk = self.disk(&manifest, disk)?;
@@ -273,17 +327,14 @@ impl StoreTree {
                 let held = self.reader.held(&manifest, disk)?.min(size);
                 attr(NodeKind::File, size, held, time(manifest.taken), file_mode, true)
             }
-            Node::Text { of, file, hash } => {
-                let text = self.read_text(of, *file).map_err(|e| match e.problem() {
-                    Problem::NotFound => FsError::stale(),
-                    _ => e,
-                })?;
-                if text_hash(&text) != *hash {
-                    return Err(FsError::stale());
-                }
-                let mode = if *file == TextFile::DomainXml { access.secret_mode() } else { file_mode };
-                let taken = time(self.manifest(of)?.taken);
-                attr(NodeKind::File, text.len() as u64, text.len() as u64, taken, mode, false)
+            Node::Small { of, path, hash } => {
+                let len = self.small(of, path, *hash)?.len() as u64;
+                let mode = if path.is_secret() { access.secret_mode() } else { file_mode };
+                attr(NodeKind::File, len, len, self.taken(of)?, mode, false)
+            }
+            Node::SmallFolder { of, path } => {
+                self.list_small(of, path)?.ok_or_else(FsError::stale)?;
+                attr(NodeKind::Folder, 0, 0, self.taken(of)?, access.secret_folder_mode(), false)
             }
         })
     }
@@ -313,20 +364,21 @@ impl StoreTree {
             Node::ById => {
                 let mut found = Vec::new();
                 for vm in self.store.vms().map_err(|e| self.error(&e))? {
-                    let listed = self.listed(&vm)?;
-                    found.extend(listed.iter().map(|m| (m.id.to_string(), Node::IdLink(backup_ref(m)))));
+                    let listed = self.catalog.listed(&vm)?;
+                    found.extend(listed.into_iter().map(|s| (s.of.id.to_string(), Node::IdLink(s.of))));
                 }
                 found.sort_by(|a, b| a.0.cmp(&b.0));
                 found
             }
             Node::Vm(vm) => {
-                let mut listed = self.listed(vm)?;
+                let mut listed = self.catalog.listed(vm)?;
                 let latest = listed.last().map(|_| ("latest".to_owned(), Node::Latest(vm.clone())));
-                listed.sort_by(|a, b| a.name.cmp(&b.name));
-                let backups = listed.iter().map(|m| (m.name.to_string(), Node::Backup(backup_ref(m))));
+                listed.sort_by(|a, b| a.of.name.cmp(&b.of.name));
+                let backups = listed.into_iter().map(|s| (s.of.name.to_string(), Node::Backup(s.of)));
                 backups.chain(latest).collect()
             }
             Node::Backup(of) => self.children(of, &self.manifest(of)?),
+            Node::SmallFolder { of, path } => self.in_small_folder(of, path)?,
             _ => return Err(FsError::new(Problem::NotAFolder, "not a folder")),
         })
     }
@@ -360,13 +412,20 @@ impl Tree for StoreTree {
         Ok(match self.node(folder)? {
             Node::Vm(_) => self.remember(Node::Vms),
             Node::Backup(of) => self.remember(Node::Vm(of.vm)),
+            Node::SmallFolder { of, path } => match path.parent() {
+                Some(path) => self.remember(Node::SmallFolder { of, path }),
+                None => self.remember(Node::Backup(of)),
+            },
             _ => Ino::ROOT,
         })
     }
 
     fn readlink(&self, ino: Ino) -> FsResult<OsString> {
         match self.node(ino)? {
-            Node::Latest(vm) => Ok(self.latest(&vm)?.ok_or_else(FsError::stale)?.name.as_str().into()),
+            Node::Latest(vm) => {
+                let latest = self.catalog.listed(&vm)?.pop().ok_or_else(FsError::stale)?;
+                Ok(latest.of.name.as_str().into())
+            }
             Node::IdLink(of) => Ok(id_target(&of).into()),
             _ => Err(FsError::new(Problem::Invalid, "not a link")),
         }
@@ -375,26 +434,23 @@ impl Tree for StoreTree {
     fn open(&self, ino: Ino) -> FsResult<Arc<dyn File>> {
         match self.node(ino)? {
             Node::Raw { of, disk } => {
-                let lease = self.reader.lease_disk(of.id);
-                let source = Arc::new(self.reader.disk(&self.manifest(&of)?, &disk, lease)?);
-                let file = BlockFile::new(source, self.blocks.clone(), self.ahead.clone());
+                let manifest = self.manifest(&of)?;
+                let volume = self.disk(&manifest, &disk)?.volume;
+                let file = BootDisk::new(self.disks.open(&of, &disk)?, &self.store, &of.vm, volume);
                 Ok(Arc::new(Counted::new(file, &self.counters)))
             }
             Node::Stored { of, disk, digest } => {
                 let lease = self.reader.lease_file(of.id);
-                let manifest = self.manifest(&of)?;
-                if self.disk(&manifest, &disk)?.sums_digest != digest {
-                    return Err(FsError::stale());
-                }
-                Ok(Arc::new(Counted::new(self.reader.file(&manifest, &disk, lease)?, &self.counters)))
+                let file = while_stale(|| {
+                    let manifest = self.manifest(&of)?;
+                    if self.disk(&manifest, &disk)?.sums_digest != digest {
+                        return Err(FsError::stale());
+                    }
+                    self.reader.file(&manifest, &disk, lease.clone())
+                })?;
+                Ok(Arc::new(Counted::new(file, &self.counters)))
             }
-            Node::Text { of, file, hash } => {
-                let text = self.read_text(&of, file)?;
-                if text_hash(&text) != hash {
-                    return Err(FsError::stale());
-                }
-                Ok(Arc::new(Text::lasting(text)))
-            }
+            Node::Small { of, path, hash } => Ok(Arc::new(Text::lasting(self.small(&of, &path, hash)?))),
             Node::Damage { version } => {
                 let (now, text) = self.reader.damage().text();
                 if now != version {
@@ -418,29 +474,37 @@ impl Tree for StoreTree {
     }
 }
 
-fn backup_ref(manifest: &Manifest) -> BackupRef {
-    BackupRef { vm: manifest.vm.clone(), name: manifest.name.clone(), id: manifest.id }
+fn stored_node(of: &BackupRef, disk: &Disk) -> Node {
+    Node::Stored { of: of.clone(), disk: disk.name.clone(), digest: disk.sums_digest.clone() }
+}
+
+fn raw_node(of: &BackupRef, disk: &Disk) -> Node {
+    Node::Raw { of: of.clone(), disk: disk.name.clone() }
+}
+
+fn raw_name(disk: &DiskName) -> String {
+    format!("{disk}.raw")
 }
 
 fn id_target(of: &BackupRef) -> String {
     format!("../vms/{}/{}", of.vm, of.name)
 }
 
-fn text_node(of: &BackupRef, file: TextFile, text: &[u8]) -> Node {
-    Node::Text { of: of.clone(), file, hash: text_hash(text) }
-}
-
-fn text_hash(text: &[u8]) -> u64 {
-    u64::from(fast(text)) << 32 | text.len() as u64 & 0xffff_ffff
+fn small_hash(bytes: &[u8]) -> u64 {
+    u64::from(fast(bytes)) << 32 | bytes.len() as u64 & 0xffff_ffff
 }
 
 fn kind_of(node: &Node) -> NodeKind {
     match node {
-        Node::Root | Node::Vms | Node::ById | Node::Control | Node::Vm(_) | Node::Backup(_) => {
-            NodeKind::Folder
-        }
+        Node::Root
+        | Node::Vms
+        | Node::ById
+        | Node::Control
+        | Node::Vm(_)
+        | Node::Backup(_)
+        | Node::SmallFolder { .. } => NodeKind::Folder,
         Node::Latest(_) | Node::IdLink(_) => NodeKind::Link,
-        Node::Damage { .. } | Node::Status | Node::Stored { .. } | Node::Raw { .. } | Node::Text { .. } => {
+        Node::Damage { .. } | Node::Status | Node::Stored { .. } | Node::Raw { .. } | Node::Small { .. } => {
             NodeKind::File
         }
     }

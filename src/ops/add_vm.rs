@@ -8,10 +8,12 @@ use std::path::{Path, PathBuf};
 
 use knib_qcow::{Chain, PlainPaths};
 
+use super::hypervisor::new_volume;
 use super::images::{self, EngineImages};
 use crate::hypervisor::{Guest, HypervisorError, ImageRef, Images as _};
+use crate::img::open::other_format;
 use crate::store::manifest::ImageFormat;
-use crate::store::vm::{Source, Track, Tracking, VmRecord, VmState, Volume};
+use crate::store::vm::{Source, Track, VmRecord, Volume};
 use crate::store::{DiskName, Store, StoreError, VmId, VmName, VolumeId};
 
 /// What is common to both ways of adding a VM.
@@ -118,8 +120,18 @@ pub fn add_domain(store: &Store, new: &NewVm, uri: &str, guest: &Guest) -> Resul
     let no_domain = || AddError::Domain { domain: guest.name.clone(), why: "it has no UUID".into() };
     let id = VmId::from(guest.uuid.ok_or_else(no_domain)?);
     if let Some(other) = known_as(store, id)? {
-        let why = format!("the store knows it already, as the VM {other}");
-        return Err(AddError::Domain { domain: guest.name.clone(), why });
+        let why = match other.removed {
+            None => format!("the store knows it already, as the VM {}", other.name),
+            // Its backups go on where they are.
+            Some(_) if other.name == new.name => String::new(),
+            Some(_) => format!(
+                "the store has its backups from before it was removed: add it as {}, as it was called then",
+                other.name
+            ),
+        };
+        if !why.is_empty() {
+            return Err(AddError::Domain { domain: guest.name.clone(), why });
+        }
     }
     let disk = |target: &str, path: &Path, why: String| AddError::Target {
         target: target.into(),
@@ -140,16 +152,8 @@ pub fn add_domain(store: &Store, new: &NewVm, uri: &str, guest: &Guest) -> Resul
     for found in guest.volumes.iter().filter(|v| !excluded(&v.target)) {
         let Some(live) = found.chain.first() else { continue };
         nameable(&live.path).map_err(|why| disk(&found.target, &live.path, why))?;
-        volumes.push(Volume {
-            id: VolumeId::random(),
-            name: DiskName::new(&*found.target).map_err(StoreError::from)?,
-            path: live.path.clone(),
-            format: live.format,
-            target: Some(found.target.clone()),
-            serial: found.serial.clone(),
-            block_device: found.block_device,
-            detached: false,
-        });
+        let name = DiskName::new(&*found.target).map_err(StoreError::from)?;
+        volumes.push(new_volume(name, found, live));
     }
     let others = guest.skipped.iter().chain(&guest.refused).map(|d| d.target.as_str());
     let names: Vec<&str> = guest.volumes.iter().map(|v| v.target.as_str()).chain(others).collect();
@@ -162,11 +166,12 @@ pub fn add_domain(store: &Store, new: &NewVm, uri: &str, guest: &Guest) -> Resul
     finish(store, new, id, source, volumes)
 }
 
-/// The name under which the store knows the domain.
-fn known_as(store: &Store, id: VmId) -> Result<Option<VmName>, AddError> {
+/// As what the store knows the domain.
+fn known_as(store: &Store, id: VmId) -> Result<Option<VmRecord>, AddError> {
     for name in store.vms()? {
-        if store.vm(&name)?.id == id {
-            return Ok(Some(name));
+        let record = store.vm(&name)?;
+        if record.id == id {
+            return Ok(Some(record));
         }
     }
     Ok(None)
@@ -181,18 +186,49 @@ fn finish(
     volumes: Vec<Volume>,
 ) -> Result<VmRecord, AddError> {
     let record = VmRecord {
-        id,
-        name: new.name.clone(),
-        source,
         volumes,
         offering: offering(store, new)?,
         exclude: new.exclude.clone(),
         delta_dir: delta_dir(new)?,
-        next_sequence: 1,
-        state: VmState::Ready,
-        tracking: Tracking::default(),
+        ..VmRecord::new(id, new.name.clone(), source)
     };
-    store.create_vm(&record)?;
+    match store.vm(&new.name) {
+        Ok(removed) if removed.removed.is_some() => take_back(store, record),
+        _ => {
+            store.create_vm(&record)?;
+            Ok(record)
+        }
+    }
+}
+
+/// A VM that was removed and has backups still: just its own domain may have its name again.
+fn take_back(store: &Store, record: VmRecord) -> Result<VmRecord, AddError> {
+    let name = record.name.clone();
+    let _lock = store.lock_vm(&name, &format!("vm add {name}"))?;
+    let before = store.vm(&name)?;
+    if before.removed.is_none() || before.id != record.id {
+        let what = format!(
+            "the name {name} is that of a VM that was removed and whose backups are kept: choose another, or delete those first"
+        );
+        return Err(StoreError::Invalid(what).into());
+    }
+    let mut volumes = before.volumes;
+    for new in record.volumes {
+        match volumes.iter_mut().find(|known| known.name == new.name) {
+            // Backups know it by its identity.
+            Some(known) => *known = Volume { id: known.id, ..new },
+            None => volumes.push(new),
+        }
+    }
+    let record = VmRecord {
+        volumes,
+        next_sequence: before.next_sequence,
+        tracking: before.tracking,
+        snapshots: before.snapshots,
+        layers: before.layers,
+        ..record
+    };
+    store.save_vm(&record)?;
     Ok(record)
 }
 
@@ -275,15 +311,18 @@ fn look_at(
 fn probe(path: &Path) -> Result<ImageFormat, String> {
     let mut head = Vec::new();
     File::open(path)
-        .and_then(|file| file.take(6).read_to_end(&mut head))
+        .and_then(|file| file.take(512).read_to_end(&mut head))
         .map_err(|e| format!("it cannot be read: {e}"))?;
-    match &*head {
-        b"LUKS\xba\xbe" => Err(
+    match other_format(&head) {
+        Some("LUKS") => Err(
             "it is encrypted with LUKS: leave it out with `--exclude-disk`, or, if it is the guest that encrypted its whole disk, add the VM by its domain (`--domain`), which says that the disk is raw"
                 .into(),
         ),
-        head if head.starts_with(b"QFI\xfb") => Ok(ImageFormat::Qcow2),
-        _ => Ok(ImageFormat::Raw),
+        Some(other) => Err(format!(
+            "it is a {other} image, and only raw and qcow2 are backed up: convert it (`qemu-img convert -O qcow2`), or, if the guest really sees these bytes, add the VM by its domain (`--domain`), which says that the disk is raw"
+        )),
+        None if head.starts_with(b"QFI\xfb") => Ok(ImageFormat::Qcow2),
+        None => Ok(ImageFormat::Raw),
     }
 }
 

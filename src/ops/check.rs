@@ -41,7 +41,7 @@ pub fn run(
     let mut report = Checked::default();
     for vm in &vms {
         let manifests = match backup {
-            Some(name) => vec![store.manifest(vm, name)?],
+            Some(name) => with_all_below(store, vm, store.manifest(vm, name)?)?,
             None => {
                 if let Err(error) = store.vm(vm) {
                     report.damage.push(error.to_string());
@@ -61,15 +61,38 @@ pub fn run(
                 }
                 report.images += 1;
                 let named = format!("{vm}/{}/{}", manifest.name, disk.name);
-                if let Err(error) =
-                    image(&reader, manifest, &disk.name, read_data.then_some(&named), control, &mut report)
-                {
-                    report.damage.push(format!("{named}: {error}"));
+                let found =
+                    image(&reader, manifest, &disk.name, read_data.then_some(&named), control, &mut report);
+                if control.is_cancelled() {
+                    return Ok(report);
                 }
+                let damage = found.err().map(|error| error.to_string());
+                // Only who read all of it can say that it is whole again.
+                if read_data {
+                    let known = store.note_damage(vm, manifest.id, &disk.name, damage.as_deref());
+                    if let Err(error) = known {
+                        control.warn(format!(
+                            "what was found in {named} cannot be recorded, so the next backup may stand on it: {error}"
+                        ));
+                    }
+                }
+                report.damage.extend(damage.map(|error| format!("{named}: {error}")));
             }
         }
     }
     Ok(report)
+}
+
+/// A backup and what its disks stand on: it can only be read with them.
+fn with_all_below(store: &Store, vm: &VmName, backup: Manifest) -> StoreResult<Vec<Manifest>> {
+    let mut all = store.backups(vm)?.manifests;
+    let mut found = vec![backup];
+    while let Some(parent) = found.last().and_then(|m| m.parent.as_ref()) {
+        // One that is missing is found when the disk is mapped.
+        let Some(at) = all.iter().position(|m| m.id == parent.id) else { break };
+        found.push(all.swap_remove(at));
+    }
+    Ok(found)
 }
 
 fn image(

@@ -1,20 +1,56 @@
 //! The deltas that a VM has on primary: finding them, merging them, recording what is left.
 
-use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::{Path, PathBuf};
 
 use super::backup::{BackupError, merge, primary};
 use super::control::OpControl;
 use super::hypervisor::target;
-use crate::chain::deltas::merges;
+use crate::chain::deltas::{Held, merges};
 use crate::chain::foreign_base;
 use crate::failpoint;
-use crate::hypervisor::{Guest, GuestVolume, Hypervisor};
+use crate::hypervisor::{Guest, GuestVolume, Hypervisor, backing_chain};
 use crate::store::journal::{Journal, Merge, Operation, Outcome};
 use crate::store::journal_removal::VolumeDeltas;
 use crate::store::manifest::PrimaryImage;
-use crate::store::vm::{Tracking, VolumeTracking};
-use crate::store::{StoreError, VmRecord};
+use crate::store::vm::{Tracking, Volume, VolumeTracking};
+use crate::store::{StoreError, VmRecord, VolumeId};
+
+/// A volume that gets an overlay.
+pub struct Place<'a> {
+    /// Its VM.
+    pub record: &'a VmRecord,
+    /// The volume.
+    pub volume: &'a Volume,
+    /// Its live image is a block device.
+    pub block_device: bool,
+    /// Its live image.
+    pub live: &'a Path,
+}
+
+impl Place<'_> {
+    /// The path of an overlay of what `id` names: beside the volume, or in the folder for deltas. For plain disk files,
+    /// whose given path the overlay takes, it is the new name of the image that was there.
+    ///
+    /// # Errors
+    /// What to do about a block device, beside which no file can lie.
+    pub fn overlay(&self, id: &str) -> Result<PathBuf, String> {
+        // The old image of a plain disk file can only be renamed within its folder.
+        let dir = self.record.delta_dir.as_deref().filter(|_| self.volume.target.is_some());
+        let dir = match dir {
+            Some(dir) => dir,
+            None if self.block_device => {
+                return Err(format!(
+                    "{} is a block device: say where its delta may lie, with `vm add --delta-dir`",
+                    self.live.display()
+                ));
+            }
+            None => self.live.parent().unwrap_or_else(|| Path::new("/")),
+        };
+        let short = id.get(..8).unwrap_or(id);
+        Ok(dir.join(format!("{}-{}-{short}.knib.qcow2", self.record.name, self.volume.name)))
+    }
+}
 
 /// The merges that leave nothing of knibfs on primary.
 pub fn plan(record: &VmRecord, guest: &Guest) -> Result<Vec<VolumeDeltas>, BackupError> {
@@ -35,7 +71,7 @@ pub fn plan(record: &VmRecord, guest: &Guest) -> Result<Vec<VolumeDeltas>, Backu
             );
             return Err(StoreError::Invalid(what).into());
         }
-        let steps = merges(&images);
+        let steps = merges(&images, &held(record, volume.id));
         let merges = steps
             .into_iter()
             .map(|s| Merge { top: s.top, base: s.base, outcome: Outcome::Pending })
@@ -45,6 +81,25 @@ pub fn plan(record: &VmRecord, guest: &Guest) -> Result<Vec<VolumeDeltas>, Backu
         }
     }
     Ok(all)
+}
+
+/// The images that living snapshots of a volume are made of.
+pub fn held(record: &VmRecord, volume: VolumeId) -> Held {
+    let mut images = BTreeSet::new();
+    for frozen in record.snapshots_of(volume).filter_map(|s| s.frozen(volume)) {
+        let chain = backing_chain(&frozen.image.path, frozen.image.format);
+        let chain = chain.map_err(BackupError::from).and_then(|chain| {
+            chain.iter().map(|i| primary(i).map(|p| (p.device, p.inode))).collect::<Result<Vec<_>, _>>()
+        });
+        match chain {
+            Ok(chain) => images.extend(chain),
+            Err(error) => {
+                tracing::warn!("nothing is merged below the snapshots of {}: {error}", record.name);
+                return Held::All;
+            }
+        }
+    }
+    Held::Images(images)
 }
 
 /// Does the merges that the journal asks for and that are not done; says what had to be kept.
@@ -67,38 +122,12 @@ pub fn merge_all(
             set(journal, at, number, Outcome::Begun)?;
             failpoint::hit("delta-merge");
             control.step(format!("merging {} into {}", step.top.display(), step.base.display()));
-            let outcome = match one(hypervisor, &volume.target, step, begun, &control) {
-                Ok(()) => Outcome::Done,
-                Err(error) => {
-                    let path = step.top.display();
-                    kept.push(format!("{path} was kept, the next backup merges it: {error}"));
-                    Outcome::Kept { reason: error.to_string() }
-                }
-            };
+            let outcome = merge::outcome(hypervisor, &volume.target, step, begun, &control, &mut kept)?;
             failpoint::hit("delta-merged");
             set(journal, at, number, outcome)?;
         }
     }
     Ok(kept)
-}
-
-fn one(
-    hypervisor: &dyn Hypervisor,
-    target: &str,
-    step: &Merge,
-    begun: bool,
-    control: &OpControl<'_>,
-) -> Result<(), BackupError> {
-    let guest = hypervisor.inspect()?;
-    let chain = guest.volumes.iter().find(|v| v.target == target).map(|v| v.chain.as_slice());
-    let has = |path: &PathBuf| chain.unwrap_or_default().iter().any(|i| i.path == *path);
-    if has(&step.top) && has(&step.base) {
-        merge::commit(hypervisor, target, &step.top, &step.base, control)?;
-    } else if !begun {
-        let what = format!("{} does not stand on {} any more", step.top.display(), step.base.display());
-        return Err(StoreError::Invalid(what).into());
-    }
-    merge::unlink(hypervisor, &step.top)
 }
 
 /// Records that nothing can stand on the last backup: the next one is full. Deltas that had to be kept keep their owner,
@@ -125,7 +154,14 @@ pub fn end_tracking(record: &mut VmRecord, guest: Option<&Guest>) -> Result<(), 
             volume.format = live.format;
         }
     }
-    record.tracking = Tracking { current: None, end_of_chain: true, volumes: left };
+    let was = std::mem::take(&mut record.tracking);
+    record.tracking = Tracking {
+        current: None,
+        end_of_chain: true,
+        volumes: left,
+        reverted: was.reverted,
+        restored: was.restored,
+    };
     Ok(())
 }
 

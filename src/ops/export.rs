@@ -4,21 +4,15 @@ use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 
 use knib_fuse::FsError;
-use knib_qcow::{
-    Compression, CompressionType, Control, FileStorage, NewImage, NoObserver, Storage as _, write_image,
-    write_raw,
-};
+use knib_qcow::{Control, FileStorage, NewImage, NoObserver, Storage as _, write_image, write_raw};
 
+use super::codec::codec;
 use super::control::{Event, OpControl};
 use super::disk_source::DiskSource;
 use crate::store::manifest::{self, ImageFormat};
 use crate::store::{DiskSpec, Store, StoreError};
 use crate::verified::VerifiedReader;
 
-/// Level of exported zstd clusters.
-const ZSTD_LEVEL: u32 = 3;
-/// Level of exported deflate clusters.
-const ZLIB_LEVEL: u32 = 6;
 const CLUSTER_BITS: u32 = 16;
 
 /// Why nothing was exported. The file is not there.
@@ -151,12 +145,7 @@ fn copy(
             write_raw(dest, source.size(), source, &how)?;
         }
         ImageFormat::Qcow2 => {
-            let compression = disk.compression.map(|c| match c {
-                manifest::Compression::Zstd => Compression { kind: CompressionType::Zstd, level: ZSTD_LEVEL },
-                manifest::Compression::Zlib => {
-                    Compression { kind: CompressionType::Deflate, level: ZLIB_LEVEL }
-                }
-            });
+            let compression = disk.compression.map(codec);
             let new =
                 NewImage { size: source.size(), cluster_bits: CLUSTER_BITS, compression, backing: None };
             write_image(dest.clone(), &new, source, &NoObserver, &how)?;

@@ -4,9 +4,9 @@ use std::path::Path;
 use std::sync::Arc;
 
 use super::images::EngineImages;
-use crate::hypervisor::{DiskFiles, Hypervisor, ImageRef, Result};
-use crate::store::VmRecord;
+use crate::hypervisor::{DiskFiles, GuestVolume, Hypervisor, ImageRef, Result};
 use crate::store::vm::{Source, Volume};
+use crate::store::{DiskName, VmRecord, VolumeId};
 
 /// The hypervisor of a VM that the store knows.
 ///
@@ -37,6 +37,20 @@ pub(super) fn disk_files(record: &VmRecord) -> Result<DiskFiles> {
 /// What the hypervisor calls a volume.
 pub fn target(volume: &Volume) -> String {
     volume.target.clone().unwrap_or_else(|| volume.name.to_string())
+}
+
+/// A disk of a domain that the store did not know.
+pub(super) fn new_volume(name: DiskName, found: &GuestVolume, live: &ImageRef) -> Volume {
+    Volume {
+        id: VolumeId::random(),
+        name,
+        path: live.path.clone(),
+        format: live.format,
+        target: Some(found.target.clone()),
+        serial: found.serial.clone(),
+        block_device: found.block_device,
+        detached: false,
+    }
 }
 
 /// Whether two paths are the same file.
@@ -108,6 +122,20 @@ pub(super) fn has_domain(uri: &str, name: &str) -> Result<bool> {
 pub fn domain(uri: &str, domain: &str) -> Result<Arc<dyn Hypervisor>> {
     let found = crate::hypervisor::LibvirtDomain::open(uri, domain, Arc::new(EngineImages))?;
     Ok(Arc::new(found))
+}
+
+/// Whether the domain of that name or UUID runs on the host `uri`.
+///
+/// # Errors
+/// libvirt cannot be reached, or there is no such domain.
+#[cfg(feature = "libvirt")]
+pub(super) fn power(uri: &str, domain: &str) -> Result<crate::hypervisor::Power> {
+    crate::hypervisor::libvirt::power(uri, domain)
+}
+
+#[cfg(not(feature = "libvirt"))]
+pub(super) fn power(uri: &str, name: &str) -> Result<crate::hypervisor::Power> {
+    domain(uri, name)?.inspect().map(|guest| guest.power)
 }
 
 /// Without libvirt no domain can be reached.

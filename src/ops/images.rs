@@ -4,6 +4,7 @@ use std::path::Path;
 
 use knib_qcow::{Chain, Control, FileStorage, Format, NewImage, PlainPaths};
 
+use super::loop_devices;
 use crate::hypervisor::{HypervisorError, ImageFormat, ImageRef, Images, JobControl, JobProgress, Result};
 use crate::store::atomic;
 
@@ -16,7 +17,17 @@ pub struct EngineImages;
 
 impl Images for EngineImages {
     fn check_unused(&self, image: &ImageRef) -> Result<()> {
-        knib_qcow::check_unused(&image.path).map_err(engine("look for locks on", &image.path))
+        let doing = "look for locks on";
+        knib_qcow::check_unused(&image.path).map_err(engine(doing, &image.path))?;
+        let failed = |e: std::io::Error| HypervisorError::Engine {
+            doing,
+            path: image.path.clone(),
+            why: e.to_string(),
+        };
+        let Some(device) = loop_devices::writer_of(&image.path).map_err(failed)? else { return Ok(()) };
+        let device = device.display();
+        let who = format!("through {device}, which `losetup -d {device}` detaches when nothing uses it");
+        Err(HypervisorError::InUse { path: image.path.clone(), who })
     }
 
     fn create_overlay(&self, path: &Path, backing: &ImageRef) -> Result<()> {

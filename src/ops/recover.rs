@@ -5,7 +5,7 @@
 use super::backup::{BackupError, finish, merge, undo};
 use super::compress;
 use super::control::OpControl;
-use super::{hypervisor, prune, release, remove, restore};
+use super::{prune, release, remove, remove_vm, restore, snapshot, whereabouts};
 use crate::store::journal::{BackupOp, CompressOp, Journal, Operation};
 use crate::store::{Store, StoreError, VmName};
 
@@ -43,10 +43,16 @@ pub fn run(store: &Store, control: &OpControl<'_>) -> Result<Vec<Recovered>, Bac
             Operation::Absorb(_) => {
                 locked(store, journal, |journal| prune::recover(store, journal).map_err(BackupError::from))
             }
+            Operation::Release(op) if op.remove => {
+                locked(store, journal, |journal| remove_vm::recover(store, journal, control))
+            }
             Operation::Release(_) => {
                 locked(store, journal, |journal| release::recover(store, journal, control))
             }
             Operation::Restore(_) => restoring(store, journal, control),
+            Operation::Snapshot(_) => locked(store, journal, |journal| {
+                snapshot::recover(store, journal, control).map_err(BackupError::from)
+            }),
         };
         match outcome {
             Ok(done) => all.push(Recovered { vm: vm.to_string(), done }),
@@ -54,6 +60,7 @@ pub fn run(store: &Store, control: &OpControl<'_>) -> Result<Vec<Recovered>, Bac
             Err(error) => failed = Some(error),
         }
     }
+    store.sweep_forgotten()?;
     for vm in store.vms()? {
         match strays(store, &vm) {
             Ok(done) => all.extend(done.into_iter().map(|done| Recovered { vm: vm.to_string(), done })),
@@ -83,7 +90,8 @@ fn locked(
 
 /// Backups that were being deleted and of which no journal tells: whole ones are put back, the others deleted.
 fn strays(store: &Store, vm: &VmName) -> Result<Vec<String>, StoreError> {
-    if store.trashes(vm)?.is_empty() {
+    let removed = store.vm(vm).is_ok_and(|record| record.removed.is_some());
+    if store.trashes(vm)?.is_empty() && !removed {
         return Ok(Vec::new());
     }
     let _lock = store.lock_vm(vm, "recover")?;
@@ -105,6 +113,9 @@ fn strays(store: &Store, vm: &VmName) -> Result<Vec<String>, StoreError> {
                 done.push(format!("what was left of a deleted backup of {vm} was deleted"));
             }
         }
+    }
+    if removed && remove_vm::forget_if_empty(store, vm)? {
+        done.push(format!("the VM {vm}, which was removed, was forgotten: it has no backup any more"));
     }
     Ok(done)
 }
@@ -147,7 +158,7 @@ fn one(
         return Ok("it was finished meanwhile".into());
     };
     let mut record = store.vm(&vm)?;
-    let hypervisor = hypervisor::of(&record)?;
+    let hypervisor = whereabouts::find(store, &mut record)?;
     let history = store.backups(&vm)?.manifests;
     let staging = store.staging(&vm, op.backup);
     let manifest = match merge::published(&history, op.backup) {

@@ -73,6 +73,10 @@ id!(
     OfferingId
 );
 id!(
+    /// One VM or volume snapshot.
+    SnapshotId
+);
+id!(
     /// One operation in the journal.
     OpId
 );

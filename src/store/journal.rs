@@ -13,6 +13,7 @@ use super::lease::COMPRESSION;
 use super::lock::hostname;
 use super::manifest::{Kind, PrimaryImage};
 use super::restore_op::{RestoreOp, RestoreStep};
+use super::snapshot::SnapshotOp;
 use super::vm::{Tracking, VmState};
 use super::{
     BackupId, BackupName, DiskName, OpId, Record, Store, StoreError, StoreResult, VmName, VmRecord, VolumeId,
@@ -57,6 +58,8 @@ pub enum Operation {
     Absorb(AbsorbOp),
     /// Restoring volumes.
     Restore(Box<RestoreOp>),
+    /// Taking, reverting to or removing a snapshot.
+    Snapshot(Box<SnapshotOp>),
 }
 
 impl Operation {
@@ -69,9 +72,11 @@ impl Operation {
                 let whole = op.step > RestoreStep::Write || !overwritten;
                 Some(if whole { VmState::Restoring } else { VmState::RestoreError })
             }
-            Operation::Compress(_) | Operation::Remove(_) | Operation::Release(_) | Operation::Absorb(_) => {
-                None
-            }
+            Operation::Compress(_)
+            | Operation::Remove(_)
+            | Operation::Release(_)
+            | Operation::Absorb(_)
+            | Operation::Snapshot(_) => None,
         }
     }
 }
@@ -355,6 +360,15 @@ impl Journal {
         self.update(|operation| {
             if let Operation::Restore(restore) = operation {
                 change(restore);
+            }
+        })
+    }
+
+    /// As `update` for a snapshot; does nothing to other operations.
+    pub fn update_snapshot(&mut self, change: impl FnOnce(&mut SnapshotOp)) -> StoreResult<()> {
+        self.update(|operation| {
+            if let Operation::Snapshot(snapshot) = operation {
+                change(snapshot);
             }
         })
     }

@@ -68,6 +68,9 @@ pub struct VolumeDeltas {
 pub struct ReleaseOp {
     /// The VM is taken off its offering when it is done.
     pub unassign: bool,
+    /// The VM is no longer in knibfs's care when it is done.
+    #[serde(default)]
+    pub remove: bool,
     /// The VM's deltas.
     pub deltas: Vec<VolumeDeltas>,
 }

@@ -25,6 +25,8 @@ const CONFIG: &str = "knibfs.toml";
 const PARTS: [&str; 4] = ["vms", "offerings", "journal", "leases"];
 const MANIFEST: &str = "manifest.json";
 const VM: &str = "vm.json";
+/// What is left of VMs that are being forgotten.
+const GONE: &str = ".gone-";
 
 /// `knibfs.toml`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -243,6 +245,43 @@ impl Store {
         })
     }
 
+    /// Reads the record of a VM that is in knibfs's care; one that was removed is refused.
+    pub fn vm_in_care(&self, vm: &VmName) -> StoreResult<VmRecord> {
+        let record = self.vm(vm)?;
+        match record.removed {
+            None => Ok(record),
+            Some(_) => Err(StoreError::Invalid(format!(
+                "the VM {vm} was removed from knibfs's care, and only its backups are kept: `knibfs create-vm` makes a new VM of one, `knibfs vm add` takes its domain back"
+            ))),
+        }
+    }
+
+    /// Deletes what is left of a VM that was removed and has no backup any more. The caller holds the VM's lock.
+    pub fn forget_vm(&self, vm: &VmName) -> StoreResult<()> {
+        // Out of sight by one rename: a folder without its record would be a damaged VM. No VM's name begins with a dot.
+        let aside = self.vms_dir().join(format!("{GONE}{}", uuid::Uuid::new_v4()));
+        atomic::rename(&self.vm_dir(vm), &aside)?;
+        self.sweep_forgotten()
+    }
+
+    /// Deletes what a crash left of VMs that were forgotten.
+    pub fn sweep_forgotten(&self) -> StoreResult<()> {
+        let dir = self.vms_dir();
+        for entry in fs::read_dir(&dir).map_err(StoreError::io("read the folder", &dir))? {
+            let entry = entry.map_err(StoreError::io("read the folder", &dir))?;
+            if entry.file_name().to_str().is_some_and(|name| name.starts_with(GONE)) {
+                let path = entry.path();
+                match fs::remove_dir_all(&path) {
+                    Err(e) if e.kind() != io::ErrorKind::NotFound => {
+                        return Err(StoreError::io("delete", &path)(e));
+                    }
+                    _ => {}
+                }
+            }
+        }
+        atomic::sync_dir(&dir)
+    }
+
     /// Writes a VM's record; the caller holds the VM's lock.
     pub fn save_vm(&self, vm: &VmRecord) -> StoreResult<()> {
         record::write(&self.vm_path(&vm.name), vm)
@@ -426,7 +465,7 @@ pub(crate) mod tests {
     use super::super::manifest::{
         BackupState, CompressionState, Disk, ImageFormat, Kind, PrimaryImage, ValidationState,
     };
-    use super::super::vm::{Source, Track, Tracking, VmState, Volume};
+    use super::super::vm::{Source, Track, Volume};
     use super::super::{BackupId, Staging, VmId, VolumeId};
     use super::*;
 
@@ -442,9 +481,6 @@ pub(crate) mod tests {
 
     pub(crate) fn vm_record(name: &VmName) -> VmRecord {
         VmRecord {
-            id: VmId::random(),
-            name: name.clone(),
-            source: Source::Disks { track: Track::Scan },
             volumes: vec![Volume {
                 id: VolumeId::random(),
                 name: DiskName::new("root").unwrap(),
@@ -455,12 +491,7 @@ pub(crate) mod tests {
                 block_device: false,
                 detached: false,
             }],
-            offering: None,
-            exclude: vec![],
-            delta_dir: None,
-            next_sequence: 1,
-            state: VmState::Ready,
-            tracking: Tracking::default(),
+            ..VmRecord::new(VmId::random(), name.clone(), Source::Disks { track: Track::Scan })
         }
     }
 
@@ -507,6 +538,7 @@ pub(crate) mod tests {
                     device: 1,
                     inode: 2,
                     virtual_size: 1 << 30,
+                    modified: None,
                     owner: None,
                 },
             }],

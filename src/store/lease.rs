@@ -2,6 +2,7 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::io::Write as _;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::path::PathBuf;
 
 use jiff::Timestamp;
@@ -36,7 +37,7 @@ pub struct LeaseInfo {
 #[derive(Debug)]
 pub struct Lease {
     path: PathBuf,
-    _file: File,
+    file: File,
 }
 
 impl Store {
@@ -70,7 +71,7 @@ impl Store {
             return Err(error);
         }
         atomic::sync_parent(&path)?;
-        Ok(Lease { path, _file: file })
+        Ok(Lease { path, file })
     }
 
     /// The living leases of a backup. What dead processes left is cleared away.
@@ -128,6 +129,13 @@ impl Store {
             }
         }
         Ok(found)
+    }
+}
+
+/// Its lock: it lives for as long as a process holds a copy of this descriptor.
+impl AsFd for Lease {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.file.as_fd()
     }
 }
 

@@ -120,6 +120,9 @@ pub struct PrimaryImage {
     pub inode: u64,
     /// Size that the guest sees through it, in bytes.
     pub virtual_size: u64,
+    /// When a file was last written to, in nanoseconds since 1970; none for a block device.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub modified: Option<i64>,
     /// The backup that left this delta; none for what knibfs did not make.
     #[serde(default)]
     pub owner: Option<BackupId>,

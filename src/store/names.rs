@@ -125,6 +125,12 @@ name!(
     check
 );
 name!(
+    /// Name of a VM or volume snapshot.
+    SnapshotName,
+    "snapshot name",
+    check
+);
+name!(
     /// Name of a backup: its time in UTC, `2026-11-23T22-32-42Z`, with `-2`, `-3`, … when taken.
     BackupName,
     "backup name",

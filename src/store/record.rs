@@ -1,6 +1,5 @@
 //! JSON records: sealed with a checksum, gated by a format number, read with a bound.
 
-use std::fs::File;
 use std::io::Read as _;
 use std::path::Path;
 
@@ -8,7 +7,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 
-use super::{StoreError, StoreResult, atomic};
+use super::{StoreError, StoreResult, atomic, plain};
 
 /// No record of ours comes near this; a hostile one must not fill the memory. Bytes.
 const MAX_RECORD: u64 = 16 << 20;
@@ -115,10 +114,7 @@ fn canonicalise(value: &Value, out: &mut String) {
 }
 
 fn read_bounded(path: &Path) -> StoreResult<Vec<u8>> {
-    let file = File::open(path).map_err(|e| match e.kind() {
-        std::io::ErrorKind::NotFound => StoreError::damaged(path, "it is missing"),
-        _ => StoreError::io("open", path)(e),
-    })?;
+    let file = plain::open(path)?;
     let mut text = Vec::new();
     file.take(MAX_RECORD + 1).read_to_end(&mut text).map_err(StoreError::io("read", path))?;
     if text.len() as u64 > MAX_RECORD {

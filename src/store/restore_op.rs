@@ -30,10 +30,38 @@ pub struct RestoreOp {
     /// Bytes per second, at most.
     #[serde(default)]
     pub rate: Option<u64>,
+    /// The running VM is stopped for a moment, so that QEMU flushes what was pulled.
+    #[serde(default)]
+    pub flushing: bool,
+    /// Device number of the mount on which QEMU has the images open: it must open them anew on another.
+    #[serde(default)]
+    pub opened: Option<u64>,
+    /// The VM's memory is saved and it is started from there, so that it opens its images anew.
+    #[serde(default)]
+    pub reopening: bool,
     /// What `vm.json` says when all is done.
     pub record: VmRecord,
     /// The volumes.
     pub disks: Vec<RestoreDisk>,
+}
+
+/// What QEMU does when a disk cannot be read or written: libvirt's words, none where the definition leaves it to QEMU (errors
+/// go to the guest, but for a lack of room, which pauses it).
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ErrorPolicy {
+    /// `error_policy`: for writing, and for reading where `read` says nothing.
+    #[serde(default)]
+    pub error: Option<String>,
+    /// `rerror_policy`.
+    #[serde(default)]
+    pub read: Option<String>,
+}
+
+impl ErrorPolicy {
+    /// The guest is paused and sees no error: what failed is done again when it goes on.
+    pub fn stop() -> Self {
+        Self { error: Some("stop".into()), read: Some("stop".into()) }
+    }
 }
 
 /// What is restored.
@@ -88,6 +116,9 @@ pub struct RestoreDisk {
     /// The `<disk>` that is added where the domain has no such disk.
     #[serde(default)]
     pub model: Option<String>,
+    /// For a quick restore, what became of I/O errors before, and is to become of them afterwards.
+    #[serde(default)]
+    pub errors: ErrorPolicy,
     /// Owner, group and permission bits of the image that it replaces.
     #[serde(default)]
     pub access: Option<(u32, u32, u32)>,

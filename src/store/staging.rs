@@ -36,18 +36,20 @@ impl Store {
 
     /// What interrupted backups of a VM left.
     pub fn stagings(&self, vm: &VmName) -> StoreResult<Vec<Staging>> {
-        let dir = self.vm_dir(vm);
-        let mut found = Vec::new();
-        for entry in fs::read_dir(&dir).map_err(StoreError::io("read the folder", &dir))? {
-            let entry = entry.map_err(StoreError::io("read the folder", &dir))?;
-            let name = entry.file_name();
-            let id = name.to_str().and_then(|n| n.strip_prefix(PREFIX)).and_then(|id| id.parse().ok());
-            if let Some(id) = id {
-                found.push(self.staging(vm, id));
-            }
-        }
-        Ok(found)
+        Ok(hidden(&self.vm_dir(vm), PREFIX)?.into_iter().map(|id| self.staging(vm, id)).collect())
     }
+}
+
+/// The backups that have a hidden folder of that kind.
+pub(super) fn hidden(dir: &Path, prefix: &str) -> StoreResult<Vec<BackupId>> {
+    let mut found = Vec::new();
+    for entry in fs::read_dir(dir).map_err(StoreError::io("read the folder", dir))? {
+        let name = entry.map_err(StoreError::io("read the folder", dir))?.file_name();
+        found.extend(
+            name.to_str().and_then(|n| n.strip_prefix(prefix)).and_then(|id| id.parse::<BackupId>().ok()),
+        );
+    }
+    Ok(found)
 }
 
 impl Staging {

@@ -5,6 +5,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use super::layout::manifest_file;
+use super::staging::hidden;
 use super::{BackupId, BackupName, Manifest, Store, StoreError, StoreResult, VmName, atomic, record};
 
 const PREFIX: &str = ".del-";
@@ -27,15 +28,7 @@ impl Store {
 
     /// All that there are of a VM.
     pub fn trashes(&self, vm: &VmName) -> StoreResult<Vec<Trash>> {
-        let dir = self.vm_dir(vm);
-        let mut found = Vec::new();
-        for entry in fs::read_dir(&dir).map_err(StoreError::io("read the folder", &dir))? {
-            let entry = entry.map_err(StoreError::io("read the folder", &dir))?;
-            let name = entry.file_name();
-            let id = name.to_str().and_then(|n| n.strip_prefix(PREFIX)).and_then(|id| id.parse().ok());
-            found.extend(id.map(|id| self.trash(vm, id)));
-        }
-        Ok(found)
+        Ok(hidden(&self.vm_dir(vm), PREFIX)?.into_iter().map(|id| self.trash(vm, id)).collect())
     }
 }
 

@@ -3,10 +3,12 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 
+use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
 use super::manifest::{ImageFormat, PrimaryImage};
-use super::{BackupId, BackupName, DiskName, OfferingId, Record, VmId, VmName, VolumeId};
+use super::snapshot::{self, Layer, Snapshot};
+use super::{BackupId, BackupName, DiskName, OfferingId, Record, SnapshotName, VmId, VmName, VolumeId};
 
 /// A VM, its volumes, and how knibfs left its images on primary.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -36,6 +38,15 @@ pub struct VmRecord {
     /// What the next backup may stand on.
     #[serde(default)]
     pub tracking: Tracking,
+    /// When it was taken out of knibfs's care (`vm remove`); its backups are kept.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub removed: Option<Timestamp>,
+    /// VM and volume snapshots, the oldest first; removed ones that others stand on too.
+    #[serde(default)]
+    pub snapshots: Vec<Snapshot>,
+    /// Images on primary that knibfs made for snapshots: those that no backup owns.
+    #[serde(default)]
+    pub layers: Vec<Layer>,
 }
 
 /// Where a VM's disks are found.
@@ -127,6 +138,12 @@ pub struct Tracking {
     /// Per volume what it looked like after the current backup; a volume that is not here has no tracking state.
     #[serde(default)]
     pub volumes: BTreeMap<VolumeId, VolumeTracking>,
+    /// Volumes that were reverted since the last backup, and to which snapshot.
+    #[serde(default)]
+    pub reverted: BTreeMap<VolumeId, SnapshotName>,
+    /// Volumes that were restored since the last backup, with the `VM/BACKUP` that they were restored from.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub restored: BTreeMap<VolumeId, String>,
 }
 
 /// The backup that the next incremental stands on.
@@ -148,6 +165,25 @@ pub struct VolumeTracking {
 }
 
 impl VmRecord {
+    /// One without volumes, of which no backup was taken yet.
+    pub fn new(id: VmId, name: VmName, source: Source) -> Self {
+        Self {
+            id,
+            name,
+            source,
+            volumes: Vec::new(),
+            offering: None,
+            exclude: Vec::new(),
+            delta_dir: None,
+            next_sequence: 1,
+            state: VmState::Ready,
+            tracking: Tracking::default(),
+            removed: None,
+            snapshots: Vec::new(),
+            layers: Vec::new(),
+        }
+    }
+
     /// The volume of that name.
     pub fn volume(&self, name: &DiskName) -> Option<&Volume> {
         self.volumes.iter().find(|v| v.name == *name)
@@ -176,6 +212,6 @@ impl Record for VmRecord {
         if self.delta_dir.as_ref().is_some_and(|d| !d.is_absolute()) {
             return Err("the folder for deltas is not absolute".into());
         }
-        Ok(())
+        snapshot::check(&self.snapshots, &self.layers)
     }
 }

@@ -4,7 +4,7 @@
 use std::fs::File;
 use std::num::NonZeroU64;
 use std::os::unix::fs::FileExt as _;
-use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU32, AtomicUsize, Ordering};
 use std::{io, iter};
 
 use rustix::fs::Advice;
@@ -19,6 +19,22 @@ pub struct Around {
     credit: AtomicI64,
     /// The file system can tell whether a read would wait.
     can_tell: AtomicBool,
+}
+
+/// Threads of this process that wait for a disk now.
+static WAITING: AtomicUsize = AtomicUsize::new(0);
+
+/// Whether reads wait for a disk now.
+pub fn is_anyone_waiting() -> bool {
+    WAITING.load(Ordering::Relaxed) > 0
+}
+
+/// Reads what may have to be waited for.
+fn wait_for(file: &File, offset: u64, buf: &mut [u8]) -> io::Result<()> {
+    WAITING.fetch_add(1, Ordering::Relaxed);
+    let result = file.read_exact_at(buf, offset);
+    WAITING.fetch_sub(1, Ordering::Relaxed);
+    result
 }
 
 /// What is brought in at once, as log2 of bytes: a disk takes little longer for it than for a cluster.
@@ -43,7 +59,7 @@ impl Around {
     /// Fills `buf` from `offset`. True when the disk had to be waited for.
     pub fn read(&self, file: &File, offset: u64, buf: &mut [u8]) -> io::Result<bool> {
         if !self.can_tell.load(Ordering::Relaxed) {
-            return file.read_exact_at(buf, offset).map(|()| false);
+            return wait_for(file, offset, buf).map(|()| false);
         }
         let found = preadv2(file, &mut [io::IoSliceMut::new(buf)], offset, ReadWriteFlags::NOWAIT);
         let done = match found {
@@ -63,7 +79,7 @@ impl Around {
             return Ok(false);
         }
         let rest = buf.get_mut(done..).unwrap_or_default();
-        file.read_exact_at(rest, offset.saturating_add(done as u64))?;
+        wait_for(file, offset.saturating_add(done as u64), rest)?;
         Ok(self.can_tell.load(Ordering::Relaxed))
     }
 
@@ -77,6 +93,11 @@ impl Around {
         let start = offset >> WINDOW_BITS << WINDOW_BITS;
         // Advice only: where it is not taken, reads wait as they did.
         let _ = rustix::fs::fadvise(file, start, NonZeroU64::new(1 << WINDOW_BITS), Advice::WillNeed);
+    }
+
+    /// Has the system bring in a range that is read soon, without waiting for it.
+    pub fn will_need(&self, file: &File, offset: u64, len: u64) {
+        let _ = rustix::fs::fadvise(file, offset, NonZeroU64::new(len), Advice::WillNeed);
     }
 
     fn place(&self, offset: u64) -> Option<(&AtomicU32, u32)> {

@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::io;
+use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -12,8 +13,9 @@ use parking_lot::Mutex;
 
 use super::around::Around;
 use super::damage::Damage;
+use crate::store::plain::swap_name;
 use crate::store::sums::{HostPiece, Sums, SumsCache};
-use crate::store::{Manifest, Store, StoreError, disk_file, manifest};
+use crate::store::{Manifest, Store, StoreError, StoreResult, disk_file, manifest, plain};
 
 /// An opened image of a backup. Its file stays readable when its name goes.
 #[derive(Debug)]
@@ -45,17 +47,25 @@ impl StoredImage {
     ) -> FsResult<Self> {
         let path = store.disk_path(&of.vm, &of.name, &disk.name);
         let sums_path = store.sums_path(&of.vm, &of.name, &disk.name);
-        let sums = Sums::open_checked(&sums_path, &disk.sums_digest, sums_cache)
-            .map_err(|e| damage.of_store(&missing_is_damage(e)))?;
-        let file = File::open(&path).map_err(|e| {
-            damage.of_store(&missing_is_damage(StoreError::Io {
-                doing: "open",
-                path: path.clone(),
-                source: e,
-            }))
+        let found = Candidate::find(&path, &sums_path, &disk.sums_digest, &sums_cache);
+        let Candidate { file, sums } = found.map_err(|error| {
+            // Compressed or merged into another since its manifest was read: not damage.
+            let is_another =
+                |now: Manifest| now.disk(&disk.name).is_none_or(|d| d.sums_digest != disk.sums_digest);
+            match store.manifest(&of.vm, &of.name).map(is_another) {
+                Ok(true) => FsError::stale(),
+                Ok(false) => damage.of_store(&error),
+                Err(gone) if gone.is_not_found() => FsError::stale(),
+                Err(_) => damage.of_store(&error),
+            }
         })?;
         let info = sums.info();
-        let len = file.metadata().map_err(|e| FsError::io("look at an image", &e))?.len();
+        let stated = (disk.virtual_size, disk.file_size, disk.cluster_size);
+        if stated != (info.virtual_size, info.image_len, info.cluster_size) {
+            let manifest = store.manifest_path(&of.vm, &of.name);
+            let what = format!("it and the checksums disagree about the size of {}", disk.name);
+            return Err(damage.of_store(&StoreError::damaged(&manifest, what)));
+        }
         let mut image = Self {
             number: image_number(of, disk),
             path,
@@ -63,17 +73,11 @@ impl StoredImage {
             codec: CompressionType::Deflate,
             cluster_bits: info.cluster_size.trailing_zeros(),
             virtual_size: info.virtual_size,
-            len,
+            len: info.image_len,
             file,
             around: Around::new(),
             damage,
         };
-        if len != info.image_len {
-            return Err(image.damaged(&format!(
-                "it has {len} bytes instead of {}: it is cut or was written to",
-                info.image_len
-            )));
-        }
         image.check_header(disk, below)?;
         Ok(image)
     }
@@ -112,6 +116,11 @@ impl StoredImage {
     /// Has the system read what lies around `offset`, without waiting for it.
     pub fn bring_in(&self, offset: u64) {
         self.around.bring_in(&self.file, offset);
+    }
+
+    /// Has the system read a range that is needed soon, without waiting for it.
+    pub fn will_need(&self, offset: u64, len: u64) {
+        self.around.will_need(&self.file, offset, len);
     }
 
     /// Reads any range of the file, every byte checked.
@@ -165,13 +174,57 @@ impl StoredImage {
     }
 }
 
-/// A file that the manifest names and that is not there is damage, not a name that never was.
-fn missing_is_damage(error: StoreError) -> StoreError {
-    match error {
-        StoreError::Io { path, source, .. } if source.kind() == std::io::ErrorKind::NotFound => {
-            StoreError::damaged(&path, "it is missing")
+/// A file and the checksums that are its own.
+struct Candidate {
+    file: File,
+    sums: Sums,
+}
+
+/// How often in a row a file is expected to be replaced while it is opened.
+const TRIES: usize = 20;
+
+impl Candidate {
+    /// The files that belong to a digest. While new ones take the names (the image first, then the checksums, then the manifest
+    /// tells of them), the old ones are there by other names; which is which does not show in an image's length.
+    fn find(path: &Path, sums_path: &Path, digest: &str, cache: &Arc<SumsCache>) -> StoreResult<Self> {
+        for _ in 0..TRIES {
+            if let Some(found) = Self::look(path, sums_path, digest, cache)? {
+                return Ok(found);
+            }
         }
-        other => other,
+        Err(StoreError::damaged(path, "it is replaced again and again"))
+    }
+
+    /// None where the names changed hands meanwhile.
+    fn look(
+        path: &Path,
+        sums_path: &Path,
+        digest: &str,
+        cache: &Arc<SumsCache>,
+    ) -> StoreResult<Option<Self>> {
+        let inode = || std::fs::symlink_metadata(sums_path).ok().map(|m| m.ino());
+        let open = |path: &Path| Sums::open_checked(path, digest, cache.clone());
+        let (old, old_sums) = (swap_name(path, "old"), swap_name(sums_path, "old"));
+        let before = inode();
+        let (file, sums) = match open(sums_path) {
+            Err(error) => (plain::open(&old), open(&old_sums).map_err(|_| error)?),
+            Ok(sums) => {
+                let named = plain::open(path);
+                let kept = plain::open(&old).ok().filter(|_| open(&old_sums).is_ok());
+                match kept {
+                    Some(kept) => (Ok(kept), sums),
+                    None if inode() == before => (named, sums),
+                    None => return Ok(None),
+                }
+            }
+        };
+        let (file, wanted) = (file?, sums.info().image_len);
+        let len = file.metadata().map_err(StoreError::io("look at", path))?.len();
+        if len != wanted {
+            let what = format!("it has {len} bytes instead of {wanted}: it is cut or was written to");
+            return Err(StoreError::damaged(path, what));
+        }
+        Ok(Some(Self { file, sums }))
     }
 }
 

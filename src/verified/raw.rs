@@ -1,11 +1,13 @@
 //! `<disk>.raw`: a chain of stored images as one flat disk.
 
+use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use knib_fuse::{BlockKey, BlockSource, FsError, FsResult, Span, SpanKind, with_buffer};
 use knib_qcow::{CompressionType, decompress_verified};
 
+use super::around::is_anyone_waiting;
 use super::flat::{Cluster, FlatCache, FlatRegion, REGION_BITS};
 use super::image::{StoredImage, number};
 use crate::store::Lease;
@@ -22,7 +24,7 @@ pub struct VerifiedDisk {
     /// Where the disk was last waited for: the layer in the upper 16 bits, the byte in its file and one in the others.
     waited: AtomicU64,
     /// Kept for as long as someone reads.
-    _lease: Option<Arc<Lease>>,
+    lease: Option<Arc<Lease>>,
 }
 
 /// Of [`VerifiedDisk::waited`].
@@ -56,7 +58,7 @@ impl VerifiedDisk {
             size,
             flat,
             waited: AtomicU64::new(0),
-            _lease: lease,
+            lease,
         })
     }
 
@@ -164,6 +166,10 @@ impl BlockSource for VerifiedDisk {
         self.size
     }
 
+    fn lock(&self) -> Option<BorrowedFd<'_>> {
+        self.lease.as_deref().map(AsFd::as_fd)
+    }
+
     fn span(&self, offset: u64) -> FsResult<Span> {
         let at = self.at(offset);
         let region = self.region(at.region)?;
@@ -230,6 +236,21 @@ impl BlockSource for VerifiedDisk {
                 Ok(())
             })
         })
+    }
+
+    fn waits(&self) -> bool {
+        is_anyone_waiting()
+    }
+
+    fn will_need(&self, offset: u64, len: u64) {
+        let at = self.at(offset);
+        // Advice only: what is damaged is the reader's to meet.
+        if let Ok(region) = self.region(at.region)
+            && let Cluster::Data { layer, offset: host } = region.cluster(at.index)
+            && let Ok(image) = self.layer(layer)
+        {
+            image.will_need(host.saturating_add(offset & (self.cluster_size() - 1)), len);
+        }
     }
 
     fn replied(&self) {

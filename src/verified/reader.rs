@@ -109,7 +109,7 @@ impl VerifiedReader {
     }
 
     /// A disk's backups from `top` down to the full one, by the manifests.
-    fn chain(&self, top: &Manifest, disk: &DiskName) -> FsResult<Vec<Manifest>> {
+    pub(crate) fn chain(&self, top: &Manifest, disk: &DiskName) -> FsResult<Vec<Manifest>> {
         let broken = |of: &Manifest, what: String| {
             self.error(&StoreError::damaged(&self.store.manifest_path(&of.vm, &of.name), what))
         };

@@ -1,9 +1,11 @@
 //! `<disk>.qcow2`: a stored image as it lies there, every byte checked.
 
+use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 
 use knib_fuse::{File, FsResult};
 
+use super::around::is_anyone_waiting;
 use super::image::StoredImage;
 use crate::store::Lease;
 
@@ -11,13 +13,13 @@ use crate::store::Lease;
 #[derive(Debug)]
 pub struct VerifiedFile {
     image: Arc<StoredImage>,
-    _lease: Option<Arc<Lease>>,
+    lease: Option<Arc<Lease>>,
 }
 
 impl VerifiedFile {
     /// A handle on it.
     pub(super) fn new(image: Arc<StoredImage>, lease: Option<Arc<Lease>>) -> Self {
-        Self { image, _lease: lease }
+        Self { image, lease }
     }
 }
 
@@ -26,7 +28,15 @@ impl File for VerifiedFile {
         self.image.len
     }
 
+    fn lock(&self) -> Option<BorrowedFd<'_>> {
+        self.lease.as_deref().map(AsFd::as_fd)
+    }
+
     fn read(&self, offset: u64, buf: &mut [u8]) -> FsResult<()> {
         self.image.read_verified(offset, buf)
+    }
+
+    fn waits(&self) -> bool {
+        is_anyone_waiting()
     }
 }

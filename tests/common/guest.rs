@@ -95,6 +95,7 @@ pub struct Builder {
     memory_mib: u32,
     devices: String,
     firmware: String,
+    uri: String,
 }
 
 impl Builder {
@@ -119,6 +120,12 @@ impl Builder {
     /// More XML for `<devices>`.
     pub fn devices(mut self, xml: &str) -> Self {
         self.devices.push_str(xml);
+        self
+    }
+
+    /// On another libvirt than that of the tests.
+    pub fn at(mut self, uri: &str) -> Self {
+        uri.clone_into(&mut self.uri);
         self
     }
 
@@ -160,11 +167,12 @@ impl Builder {
             self.devices,
             console.display()
         );
-        let connect = Connect::open(Some(uri())).unwrap_or_else(|e| {
-            panic!("cannot reach libvirt at {}: {}; start it with scripts/libvirt-start", uri(), e.message())
+        let connect = Connect::open(Some(&self.uri)).unwrap_or_else(|e| {
+            let why = e.message();
+            panic!("cannot reach libvirt at {}: {why}; start it with scripts/libvirt-start", self.uri)
         });
         let domain = connect.define_domain_xml(&xml).unwrap_or_else(|e| panic!("{}: {xml}", e.message()));
-        Guest { name: self.name, dir: self.dir, loops, uri: uri().to_owned(), connect, domain }
+        Guest { name: self.name, dir: self.dir, loops, uri: self.uri, connect, domain }
     }
 
     /// Defines and starts it.
@@ -247,6 +255,7 @@ impl Guest {
             memory_mib: 64,
             devices: String::new(),
             firmware: String::new(),
+            uri: uri().to_owned(),
         }
     }
 
@@ -320,8 +329,11 @@ impl Guest {
 
     /// Shuts the guest down and waits until it is off: file systems are clean then.
     pub fn shutdown(&self) {
-        self.exec(&["sync"]);
-        let _ = self.agent(json!({"execute": "guest-shutdown", "arguments": {"mode": "powerdown"}}));
+        // The small system has no service manager that could do this.
+        let line =
+            "sync; test -d /run/systemd/system && exec poweroff; umount -a -t ext4; sync; exec poweroff -f";
+        let arguments = json!({"path": "/bin/sh", "arg": ["-c", line]});
+        self.agent(json!({"execute": "guest-exec", "arguments": arguments})).unwrap();
         self.wait("the guest to be off", || !self.is_running());
     }
 

@@ -96,6 +96,26 @@ impl Lab {
         (text("kind"), text("reason"))
     }
 
+    /// The folder where quick restores mount the store.
+    pub fn mount_point(&self) -> Option<PathBuf> {
+        // Tests put files of their own beside the folder that is about the store.
+        let inside = std::fs::read_dir(self.path("state")).ok()?;
+        let of_store = inside.map(|entry| entry.unwrap().path()).find(|path| path.is_dir())?;
+        Some(of_store.join("mnt"))
+    }
+
+    pub fn is_mounted(&self) -> bool {
+        let mounts = std::fs::read_to_string("/proc/self/mounts").unwrap();
+        self.mount_point().is_some_and(|m| mounts.contains(m.to_str().unwrap()))
+    }
+
+    /// Takes the mount of quick restores away, where a test that failed left it.
+    pub fn unmount(&self) {
+        if let Some(mount) = self.mount_point().filter(|_| self.is_mounted()) {
+            let _ = Command::new("umount").arg("-l").arg(mount).status();
+        }
+    }
+
     /// Everything in the folder but what may change: the state of the host, logs, the guest's console.
     pub fn seen(&self) -> Seen {
         let mut all = BTreeMap::new();

@@ -3,6 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::fs;
+use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
@@ -12,7 +13,7 @@ use knibfs::store::manifest::{
     ValidationState,
 };
 use knibfs::store::sums::{Place, SumsWriter};
-use knibfs::store::vm::{Source, Track, Tracking, VmState, Volume};
+use knibfs::store::vm::{Source, Track, Volume};
 use knibfs::store::{BackupId, BackupName, Manifest, Store, VmId, VmName, VmRecord, VolumeId};
 
 pub const BITS: u32 = 16;
@@ -56,31 +57,28 @@ pub fn content(layer: usize, cluster: u64) -> Vec<u8> {
     out
 }
 
+/// A VM of one plain disk file.
+pub fn vm_record(name: &str) -> VmRecord {
+    VmRecord {
+        volumes: vec![Volume {
+            id: VolumeId::random(),
+            name: "root".parse().unwrap(),
+            path: "/images/root.raw".into(),
+            format: ImageFormat::Raw,
+            target: None,
+            serial: None,
+            block_device: false,
+            detached: false,
+        }],
+        ..VmRecord::new(VmId::random(), VmName::new(name).unwrap(), Source::Disks { track: Track::Scan })
+    }
+}
+
 impl Fixture {
     pub fn new(size: u64, zstd: bool) -> Self {
         let dir = tempfile::Builder::new().prefix("knibfs-mount").tempdir().unwrap();
         let store = Store::init(&dir.path().join("store"), false).unwrap();
-        let vm = VmRecord {
-            id: VmId::random(),
-            name: VmName::new("web1").unwrap(),
-            source: Source::Disks { track: Track::Scan },
-            volumes: vec![Volume {
-                id: VolumeId::random(),
-                name: "root".parse().unwrap(),
-                path: "/images/root.raw".into(),
-                format: ImageFormat::Raw,
-                target: None,
-                serial: None,
-                block_device: false,
-                detached: false,
-            }],
-            offering: None,
-            exclude: vec![],
-            delta_dir: None,
-            next_sequence: 1,
-            state: VmState::Ready,
-            tracking: Tracking::default(),
-        };
+        let vm = vm_record("web1");
         store.create_vm(&vm).unwrap();
         fs::create_dir(dir.path().join("mnt")).unwrap();
         Self { dir, store, vm, backups: vec![], layers: vec![], size, zstd }
@@ -97,68 +95,15 @@ impl Fixture {
 
     /// Another backup on the last one.
     pub fn add(&mut self, layer: Layer) -> BackupName {
-        let number = self.backups.len();
         let parent = self.backups.last().cloned();
-        let volume = &self.vm.volumes[0];
-        let taken: Timestamp = "2026-11-23T22:32:42Z".parse::<Timestamp>().unwrap()
-            + jiff::SignedDuration::from_secs(number as i64 * 60);
-        let id = BackupId::random();
-        let staging = self.store.stage(&self.vm.name, id).unwrap();
-        let writer = SumsWriter::create(&staging.sums_path(&volume.name), BITS, self.size).unwrap();
-        let backing = parent.as_ref().map(|p| format!("../{}/root.qcow2", p.name));
-        let image = build_image(number, &layer, self.size, self.zstd, backing.as_deref(), &writer);
-        let summary = writer.finish(image.len() as u64).unwrap();
-        fs::write(staging.disk_path(&volume.name), &image).unwrap();
-        staging.write("domain.xml", b"<domain><secret/></domain>", 0o600).unwrap();
-        let count = |shape: Shape| layer.values().filter(|s| **s == shape).count() as u64;
-        let mut manifest = Manifest {
-            id,
-            name: BackupName::at(taken, 1),
-            vm: self.vm.name.clone(),
-            vm_id: self.vm.id,
-            sequence: number as u64 + 1,
-            parent: parent.as_ref().map(|p| Parent { id: p.id, name: p.name.clone() }),
-            position: number as u32 + 1,
-            isolated: false,
-            end_of_chain: false,
-            state: BackupState::BackedUp,
-            compression: CompressionState::Uncompressed,
-            validation: ValidationState::NotValidated,
-            started: taken,
-            taken,
-            finished: taken,
-            quiesced: false,
-            source: self.vm.source.clone(),
-            disks: vec![Disk {
-                name: volume.name.clone(),
-                volume: volume.id,
-                target: None,
-                kind: if parent.is_some() { Kind::Incremental } else { Kind::Full },
-                reason: "of the test".into(),
-                depth: number as u32 + 1,
-                virtual_size: self.size,
-                file_size: image.len() as u64,
-                cluster_size: CLUSTER,
-                data_clusters: count(Shape::Plain) + count(Shape::Compressed),
-                compressed_clusters: count(Shape::Compressed),
-                zero_clusters: count(Shape::Zero),
-                compression: Some(if self.zstd { Compression::Zstd } else { Compression::Zlib }),
-                sums_size: summary.len,
-                sums_digest: summary.digest,
-                primary: PrimaryImage {
-                    path: volume.path.clone(),
-                    format: volume.format,
-                    device: 1,
-                    inode: 2,
-                    virtual_size: self.size,
-                    owner: None,
-                },
-            }],
-            skipped: vec![],
-            notes: vec![],
-            knibfs_version: "0".into(),
-        };
-        let name = staging.publish(&self.store, &mut manifest).unwrap();
+        self.add_on(layer, parent.as_ref())
+    }
+
+    /// Another backup; a full one where there is no parent.
+    pub fn add_on(&mut self, layer: Layer, parent: Option<&Manifest>) -> BackupName {
+        let number = self.backups.len();
+        let manifest = take(&self.store, &self.vm, number, parent, &layer, self.size, self.zstd);
+        let name = manifest.name.clone();
         self.backups.push(manifest);
         self.layers.push(layer);
         name
@@ -225,6 +170,88 @@ impl Fixture {
     }
 }
 
+/// Backup number `number` of a VM's only disk, whose cluster `n` holds `content(number, n)` where it is of data.
+pub fn take(
+    store: &Store,
+    vm: &VmRecord,
+    number: usize,
+    parent: Option<&Manifest>,
+    layer: &Layer,
+    size: u64,
+    zstd: bool,
+) -> Manifest {
+    let volume = &vm.volumes[0];
+    let taken: Timestamp = "2026-11-23T22:32:42Z".parse::<Timestamp>().unwrap()
+        + jiff::SignedDuration::from_secs(number as i64 * 60);
+    let id = BackupId::random();
+    let staging = store.stage(&vm.name, id).unwrap();
+    let writer = SumsWriter::create(&staging.sums_path(&volume.name), BITS, size).unwrap();
+    let backing = parent.map(|p| format!("../{}/root.qcow2", p.name));
+    let image = build_image(number, layer, size, zstd, backing.as_deref(), &writer);
+    let summary = writer.finish(image.len() as u64).unwrap();
+    write_sparse(&staging.disk_path(&volume.name), &image);
+    staging.write("domain.xml", b"<domain><secret/></domain>", 0o600).unwrap();
+    let count = |shape: Shape| layer.values().filter(|s| **s == shape).count() as u64;
+    let mut manifest = Manifest {
+        id,
+        name: BackupName::at(taken, 1),
+        vm: vm.name.clone(),
+        vm_id: vm.id,
+        sequence: number as u64 + 1,
+        parent: parent.map(|p| Parent { id: p.id, name: p.name.clone() }),
+        position: parent.map_or(0, |p| p.position) + 1,
+        isolated: false,
+        end_of_chain: false,
+        state: BackupState::BackedUp,
+        compression: CompressionState::Uncompressed,
+        validation: ValidationState::NotValidated,
+        started: taken,
+        taken,
+        finished: taken,
+        quiesced: false,
+        source: vm.source.clone(),
+        disks: vec![Disk {
+            name: volume.name.clone(),
+            volume: volume.id,
+            target: None,
+            kind: if parent.is_some() { Kind::Incremental } else { Kind::Full },
+            reason: "of the test".into(),
+            depth: parent.map_or(0, |p| p.disks[0].depth) + 1,
+            virtual_size: size,
+            file_size: image.len() as u64,
+            cluster_size: CLUSTER,
+            data_clusters: count(Shape::Plain) + count(Shape::Compressed),
+            compressed_clusters: count(Shape::Compressed),
+            zero_clusters: count(Shape::Zero),
+            compression: Some(if zstd { Compression::Zstd } else { Compression::Zlib }),
+            sums_size: summary.len,
+            sums_digest: summary.digest,
+            primary: PrimaryImage {
+                path: volume.path.clone(),
+                format: volume.format,
+                device: 1,
+                inode: 2,
+                virtual_size: size,
+                modified: None,
+                owner: None,
+            },
+        }],
+        skipped: vec![],
+        notes: vec![],
+        knibfs_version: "0".into(),
+    };
+    staging.publish(store, &mut manifest).unwrap();
+    manifest
+}
+
+fn write_sparse(path: &Path, bytes: &[u8]) {
+    let file = fs::File::create(path).unwrap();
+    file.set_len(bytes.len() as u64).unwrap();
+    for (n, page) in bytes.chunks(4096).enumerate().filter(|(_, page)| page.iter().any(|b| *b != 0)) {
+        file.write_all_at(page, n as u64 * 4096).unwrap();
+    }
+}
+
 pub fn command(store: &Path, state: &Path) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_knibfs"));
     command.env("KNIBFS_STORE", store).env("KNIBFS_STATE_DIR", state).env("NO_COLOR", "1");
@@ -271,7 +298,10 @@ fn build_image(
     let mut entries: BTreeMap<u64, u64> = BTreeMap::new();
     let mut spans = vec![(0u64, CLUSTER)];
     for (&at, shape) in layer {
-        let guest = if *shape == Shape::Zero { vec![0; cluster] } else { content(number, at) };
+        let mut guest = if *shape == Shape::Zero { vec![0; cluster] } else { content(number, at) };
+        // Past the end of the disk a cluster is zeros.
+        guest.truncate(size.saturating_sub(at * CLUSTER).min(CLUSTER) as usize);
+        guest.resize(cluster, 0);
         let (place, stored, entry) = match shape {
             Shape::Zero => (Place::Zero, vec![], 1),
             Shape::Plain => {

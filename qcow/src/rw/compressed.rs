@@ -4,46 +4,71 @@ use crate::codec::Compressor;
 use crate::entry::L2;
 use crate::rw::ImageMut;
 use crate::rw::tables::Entry;
-use crate::{Error, Result};
+use crate::{CompressionType, Error, Result};
+
+/// Appends a cluster compressed to `stored`; the disk's last one may be cut. `false` where that is not shorter. The error
+/// is the reason.
+pub(crate) fn compress_cluster(
+    compressor: &mut Compressor,
+    guest: &[u8],
+    cluster: u64,
+    stored: &mut Vec<u8>,
+) -> std::result::Result<bool, String> {
+    if guest.len() as u64 == cluster {
+        return Ok(compressor.compress(guest, stored)?.is_some());
+    }
+    let mut padded = guest.to_vec();
+    padded.resize(cluster as usize, 0);
+    Ok(compressor.compress(&padded, stored)?.is_some())
+}
 
 impl ImageMut {
     /// Writes one whole cluster compressed, where that makes it shorter, and as [`ImageMut::write_at`] does where not.
     /// `offset` is a multiple of the cluster size; the disk's last cluster may be cut. The compressor's codec must be
     /// the image's.
     pub fn write_compressed(&mut self, compressor: &mut Compressor, guest: &[u8], offset: u64) -> Result<()> {
-        self.prepare(offset, guest.len() as u64)?;
+        let kind = compressor.kind();
+        self.prepare_compressed(kind, offset, guest.len() as u64)?;
+        let mut stored = Vec::new();
+        let shorter = compress_cluster(compressor, guest, self.header.cluster_size(), &mut stored);
+        match shorter.map_err(|why| Error::unsupported(self.storage.path(), why))? {
+            true => self.write_stored(kind, &stored, offset, guest.len() as u64),
+            false => self.write_at(guest, offset),
+        }
+    }
+
+    /// Writes one cluster that was compressed before, from `len` guest bytes by [`compress_cluster`].
+    pub(crate) fn write_stored(
+        &mut self,
+        kind: CompressionType,
+        stored: &[u8],
+        offset: u64,
+        len: u64,
+    ) -> Result<()> {
+        self.prepare_compressed(kind, offset, len)?;
+        let result = self.put_compressed(offset >> self.header.cluster_bits, stored);
+        self.failed |= result.is_err();
+        result
+    }
+
+    fn prepare_compressed(&mut self, kind: CompressionType, offset: u64, len: u64) -> Result<()> {
+        self.prepare(offset, len)?;
         let cluster = self.header.cluster_size();
-        let end = offset + guest.len() as u64;
-        let whole = guest.len() as u64 == cluster || end == self.header.size && end - offset < cluster;
+        let end = offset + len;
+        let whole = len == cluster || end == self.header.size && len < cluster;
         if !offset.is_multiple_of(cluster) || !whole {
             return Err(Error::out_of_range(
                 self.storage.path(),
-                format!("{} bytes at {offset} are not one cluster of {cluster} bytes", guest.len()),
+                format!("{len} bytes at {offset} are not one cluster of {cluster} bytes"),
             ));
         }
-        if compressor.kind() != self.header.compression || self.header.external_data() {
+        if kind != self.header.compression || self.header.external_data() {
             return Err(Error::unsupported(
                 self.storage.path(),
                 "it cannot hold clusters that are compressed in this way",
             ));
         }
-        let mut padded = Vec::new();
-        let guest_cluster = if guest.len() as u64 == cluster {
-            guest
-        } else {
-            padded.extend_from_slice(guest);
-            padded.resize(cluster as usize, 0);
-            &padded
-        };
-        let mut stored = Vec::new();
-        let shorter = compressor.compress(guest_cluster, &mut stored);
-        let shorter = shorter.map_err(|why| Error::unsupported(self.storage.path(), why))?;
-        if shorter.is_none() {
-            return self.write_at(guest, offset);
-        }
-        let result = self.put_compressed(offset >> self.header.cluster_bits, &stored);
-        self.failed |= result.is_err();
-        result
+        Ok(())
     }
 
     fn put_compressed(&mut self, index: u64, stored: &[u8]) -> Result<()> {

@@ -2,14 +2,18 @@
 //! the L1 entries, and only then is anything freed: a cut at any moment leaves at worst leaked clusters.
 
 mod compressed;
+mod content;
 mod empty;
 mod grow;
+pub(crate) use compressed::compress_cluster;
 pub(crate) use grow::{BitmapDirectory, mark_bitmaps};
 mod preallocate;
 mod sub;
 mod tables;
 
 use std::collections::{BTreeSet, HashMap, HashSet};
+use std::ops::Range;
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
@@ -18,9 +22,8 @@ use crate::header::incompatible;
 use crate::refcount::Refcounts;
 use crate::repair::{Repair, refuse_corrupt, repair};
 use crate::storage::read_exact;
-use crate::{
-    Access, Chain, Control, Error, FileStorage, Format, Gate, Header, Implicit, Result, Storage, codec,
-};
+use crate::{Access, Chain, Control, Error, Gate, Header, Implicit, Result, Storage, codec};
+pub(crate) use content::{Content, Shown};
 use tables::{Entry, Table};
 
 pub use preallocate::Preallocation;
@@ -113,13 +116,7 @@ impl ImageMut {
             header = Header::parse(&*storage)?;
         }
         let data = match (&header.data_file, header.external_data()) {
-            (Some(name), true) => {
-                // The gate decides whether the file may be used; it opens to read only.
-                let (allowed, _) = gate.open(path, Implicit::DataFile, name, Some(Format::Raw.name()))?;
-                let data = allowed.path().to_owned();
-                drop(allowed);
-                FileStorage::open(&data, Access::ReadWrite)? as Arc<dyn Storage>
-            }
+            (Some(name), true) => gate.open_data(path, name, Access::ReadWrite)?,
             (None, true) => {
                 return Err(Error::unsupported(path, "its external data file is not named in the header"));
             }
@@ -162,6 +159,11 @@ impl ImageMut {
         &self.data
     }
 
+    /// The path, for messages.
+    pub(crate) fn path(&self) -> &Path {
+        self.storage.path()
+    }
+
     pub(crate) fn has_backing(&self) -> bool {
         self.backing.is_some()
     }
@@ -173,44 +175,50 @@ impl ImageMut {
 
     /// Writes guest bytes at `offset`.
     pub fn write_at(&mut self, buf: &[u8], offset: u64) -> Result<()> {
-        self.prepare(offset, buf.len() as u64)?;
-        let result = self.write_clusters(buf, offset);
+        self.write(&buf, offset, buf.len() as u64)
+    }
+
+    /// Writes what `chain` shows at `offset` there; what is plain data in a file is copied by the system. None of it may
+    /// lie in this image.
+    pub(crate) fn copy_at(&mut self, chain: &Chain, offset: u64, len: u64) -> Result<()> {
+        self.write(&Shown { chain, offset }, offset, len)
+    }
+
+    fn write(&mut self, content: &dyn Content, offset: u64, len: u64) -> Result<()> {
+        self.prepare(offset, len)?;
+        let result = self.write_clusters(content, offset, len);
         self.failed |= result.is_err();
         result
     }
 
-    fn write_clusters(&mut self, buf: &[u8], offset: u64) -> Result<()> {
+    fn write_clusters(&mut self, content: &dyn Content, offset: u64, len: u64) -> Result<()> {
         let cluster = self.header.cluster_size();
-        // Clusters that lie in a row on the host go out in one write: (host offset, part of `buf`).
-        let mut row: (u64, std::ops::Range<usize>) = (0, 0..0);
+        // Clusters that lie in a row on the host go out in one write: (host offset, part of the content).
+        let mut row: (u64, Range<u64>) = (0, 0..0);
         let mut done = 0;
-        while done < buf.len() {
-            let at = offset + done as u64;
+        while done < len {
+            let at = offset + done;
             let within = at % cluster;
-            let n = (cluster - within).min((buf.len() - done) as u64) as usize;
-            if n as u64 == cluster {
+            let n = (cluster - within).min(len - done);
+            if n == cluster {
                 let host = self.place_whole(at >> self.header.cluster_bits)?;
-                if host == row.0 + row.1.len() as u64 && row.1.end == done {
+                if host == row.0 + (row.1.end - row.1.start) && row.1.end == done {
                     row.1.end += n;
                 } else {
-                    self.put(&buf[row.1.clone()], row.0)?;
+                    content.put(&*self.data, row.1.clone(), row.0)?;
                     row = (host, done..done + n);
                 }
             } else {
-                self.write_part(at >> self.header.cluster_bits, within, &buf[done..done + n])?;
+                let bytes = content.bytes(done..done + n)?;
+                self.write_part(at >> self.header.cluster_bits, within, &bytes)?;
             }
             done += n;
         }
-        self.put(&buf[row.1.clone()], row.0)
+        content.put(&*self.data, row.1.clone(), row.0)
     }
 
     fn put(&self, bytes: &[u8], host: u64) -> Result<()> {
-        if bytes.is_empty() {
-            return Ok(());
-        }
-        self.data
-            .write_at(bytes, host)
-            .map_err(|e| Error::io(self.data.path(), format!("writing {} bytes at {host}", bytes.len()), e))
+        content::write(&*self.data, bytes, host)
     }
 
     /// Gives a cluster that will be written whole its place on the host.
@@ -326,13 +334,7 @@ impl ImageMut {
         Ok(())
     }
 
-    fn clear_cluster(
-        &mut self,
-        index: u64,
-        range: std::ops::Range<u64>,
-        whole: bool,
-        discard: bool,
-    ) -> Result<()> {
+    fn clear_cluster(&mut self, index: u64, range: Range<u64>, whole: bool, discard: bool) -> Result<()> {
         if self.header.extended_l2() {
             return self.clear_subclusters(index, range, whole, discard);
         }

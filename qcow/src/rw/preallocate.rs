@@ -34,6 +34,14 @@ impl ImageMut {
                 "an image with a backing file can only be preallocated with extended L2 entries: what is allocated would hide the backing file",
             ));
         }
+        self.preallocate_zeros(range, how)
+    }
+
+    /// The same where all that has no place reads as zeros, as the new part of a disk does that grew.
+    pub(crate) fn preallocate_zeros(&mut self, range: Range<u64>, how: Preallocation) -> Result<()> {
+        if how == Preallocation::Off || range.is_empty() {
+            return Ok(());
+        }
         self.prepare(range.start, range.end.saturating_sub(range.start))?;
         let result = self.preallocate_clusters(range, how);
         self.failed |= result.is_err();

@@ -7,7 +7,7 @@ use parking_lot::Mutex;
 
 use crate::codec::{Compressor, decompress};
 use crate::writer::raw::is_zero;
-use crate::writer::{NewImage, Observer, Run, Source};
+use crate::writer::{NewImage, Observer, Run, Source, pipeline};
 use crate::{Error, Result};
 
 /// How a cluster will be stored, and where its job has the bytes.
@@ -92,8 +92,9 @@ impl<S: Source, O: Observer> Maker<'_, S, O> {
                 continue;
             }
             if at >= read_to {
-                // One read for all up to the next that is taken over.
-                let more = lens[i..].iter().take_while(|len| len.is_none()).count();
+                // One read for those up to the next that is taken over; no more than stay in the processor's cache.
+                let most = (pipeline::COPY_BYTES / cluster).max(1) as usize;
+                let more = lens[i..].iter().take(most).take_while(|len| len.is_none()).count();
                 let (from, to) = (at as u64, (at as u64 + more as u64 * cluster).min(run.len));
                 read_to = at + more * cluster as usize;
                 let buffer = if in_place { &mut made.bytes } else { &mut worker.guest };

@@ -1,29 +1,27 @@
-//! Where clusters go: data from cluster 1 on, each L2 table after its clusters, then L1 and refcounts; the header is
-//! written last, so that a file cut short is no image.
+//! Where clusters go: data from cluster 1 on, L2 tables behind their clusters (up to a mebibyte of them at once), then L1
+//! and refcounts; the header is written last, so that a file cut short is no image.
 //!
 //! Data lies in guest order, but for plain clusters among compressed ones. A plain cluster has to begin at a host
 //! cluster, and what is left before it would be lost: half a cluster each time. So it is held back until the compressed
 //! ones that follow have filled a host cluster nearly to its end. It is never held back past [`SPAN`].
 //!
-//! Memory: one L2 table, two bytes a host cluster for refcounts, [`HELD_BYTES`] of plain clusters.
+//! Memory: a mebibyte of L2 tables, two bytes a host cluster for refcounts, [`HELD_BYTES`] of plain clusters.
 
 use std::collections::VecDeque;
 use std::ops::Range;
-use std::sync::{Arc, mpsc};
+use std::sync::Arc;
 
 use parking_lot::Mutex;
 
 use crate::entry::{COPIED, L2};
 use crate::writer::clusters::{Kind, Made, Maker};
 use crate::writer::head::header;
+use crate::writer::write_back::WriteBack;
 use crate::writer::{Control, NewImage, Observer, Place, Source, Written, pipeline};
 use crate::{Error, Result, Storage};
 
 /// Tables are gathered into writes of about so many bytes.
 const WRITE_BYTES: usize = 1 << 20;
-/// The system is asked to begin with writing to the device whenever so many bytes are new, so that little is left to
-/// wait for at the end.
-const WRITE_BACK_BYTES: u64 = 16 << 20;
 /// From one such part of the guest (bytes, aligned) to the next, places ascend.
 pub(super) const SPAN: u64 = 16 << 20;
 /// Plain clusters held back take at most so many bytes (one cluster, if that is more).
@@ -41,15 +39,12 @@ pub fn write_image<S: Source, O: Observer>(
     control: &Control,
 ) -> Result<Written> {
     std::thread::scope(|scope| {
-        // Handing pages to the device takes a processor's time: beside the work, not in it.
-        let (begin, ranges) = mpsc::channel();
-        let device = dest.clone();
-        scope.spawn(move || ranges.into_iter().for_each(|(at, len)| device.begin_write_back(at, len)));
-        let mut layout = Layout::new(&*dest, new, begin)?;
+        let mut layout = Layout::new(&*dest, new, WriteBack::new(scope, &dest))?;
         let maker = Maker { source, observer, new, path: dest.path(), spare: Mutex::default() };
+        let bytes = if new.compression.is_some() { pipeline::JOB_BYTES } else { pipeline::COPY_BYTES };
         pipeline::run(
             source,
-            layout.cluster,
+            pipeline::Jobs { cluster: layout.cluster, bytes },
             control,
             || maker.worker(),
             |worker, run| maker.make(worker, run),
@@ -69,12 +64,13 @@ struct Layout<'a, D> {
     cluster_bits: u32,
     l1: Vec<u64>,
     l2: Option<(usize, Vec<u64>)>,
+    /// L2 tables without a place, and their numbers.
+    tables: Vec<u8>,
+    table_numbers: Vec<usize>,
     refcounts: Vec<u16>,
     /// Next free byte of the file.
     at: u64,
-    /// Up to here the system was asked to write to the device.
-    begun: u64,
-    write_back: mpsc::Sender<(u64, u64)>,
+    write_back: WriteBack,
     /// Plain clusters without a place, in guest order.
     held: Vec<u8>,
     /// The first of them and all that follow it: what has its place is told in guest order.
@@ -90,7 +86,7 @@ struct Row {
 }
 
 impl<'a, D> Layout<'a, D> {
-    fn new(dest: &'a dyn Storage, new: &NewImage, write_back: mpsc::Sender<(u64, u64)>) -> Result<Self> {
+    fn new(dest: &'a dyn Storage, new: &NewImage, write_back: WriteBack) -> Result<Self> {
         if !(9..=21).contains(&new.cluster_bits) {
             return Err(Error::unsupported(dest.path(), "clusters must be of 512 B to 2 MiB"));
         }
@@ -108,9 +104,10 @@ impl<'a, D> Layout<'a, D> {
             cluster_bits: new.cluster_bits,
             l1: vec![0; l1 as usize],
             l2: None,
+            tables: Vec::new(),
+            table_numbers: Vec::new(),
             refcounts: vec![1],
             at: cluster,
-            begun: 0,
             write_back,
             held: Vec::new(),
             waiting: VecDeque::new(),
@@ -159,7 +156,7 @@ impl<'a, D> Layout<'a, D> {
         let table = (index / (self.cluster / 8)) as usize;
         if self.l2.as_ref().is_none_or(|(t, _)| *t != table) {
             self.place_held(observer)?;
-            self.flush_l2(observer)?;
+            self.end_l2(observer)?;
             self.l2 = Some((table, vec![0; (self.cluster / 8) as usize]));
         }
         Ok(())
@@ -215,7 +212,11 @@ impl<'a, D> Layout<'a, D> {
         };
         match place {
             Place::Zero => self.written.zero_clusters += 1,
-            _ => self.written.clusters += 1,
+            Place::Data { .. } => self.written.clusters += 1,
+            Place::Compressed { .. } => {
+                self.written.clusters += 1;
+                self.written.compressed_clusters += 1;
+            }
         }
         if let Some((_, entries)) = &mut self.l2
             && let Some(e) = entries.get_mut((index % (self.cluster / 8)) as usize)
@@ -261,12 +262,7 @@ impl<'a, D> Layout<'a, D> {
         }
         let doing = || format!("writing {} bytes at {offset}", bytes.len());
         self.dest.write_at(bytes, offset).map_err(|e| Error::io(self.dest.path(), doing(), e))?;
-        let end = offset + bytes.len() as u64;
-        if end.saturating_sub(self.begun) >= WRITE_BACK_BYTES {
-            // Advice: nothing depends on who hears it.
-            let _ = self.write_back.send((self.begun, end - self.begun));
-            self.begun = end;
-        }
+        self.write_back.wrote(offset, bytes.len() as u64);
         Ok(())
     }
 
@@ -282,20 +278,38 @@ impl<'a, D> Layout<'a, D> {
         Ok(offset)
     }
 
-    fn flush_l2<O: Observer>(&mut self, observer: &O) -> Result<()> {
+    /// Ends an L2 table. Compressed clusters go on where they are, in the midst of a host cluster: their tables are
+    /// gathered, so that one such place is lost for many tables.
+    fn end_l2<O: Observer>(&mut self, observer: &O) -> Result<()> {
         if let Some((table, entries)) = self.l2.take() {
-            let bytes: Vec<u8> = entries.iter().flat_map(|e| e.to_be_bytes()).collect();
-            let offset = self.append_metadata(&bytes, observer)?;
+            self.tables.extend(entries.iter().flat_map(|e| e.to_be_bytes()));
+            self.table_numbers.push(table);
+            if self.at.is_multiple_of(self.cluster) || self.tables.len() >= WRITE_BYTES {
+                self.write_tables(observer)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn write_tables<O: Observer>(&mut self, observer: &O) -> Result<()> {
+        if self.tables.is_empty() {
+            return Ok(());
+        }
+        let bytes = std::mem::take(&mut self.tables);
+        let mut offset = self.append_metadata(&bytes, observer)?;
+        for table in self.table_numbers.drain(..) {
             if let Some(e) = self.l1.get_mut(table) {
                 *e = offset | COPIED;
             }
+            offset += self.cluster;
         }
         Ok(())
     }
 
     fn finish<O: Observer<Digest = D>>(mut self, new: &NewImage, observer: &O) -> Result<Written> {
         self.place_held(observer)?;
-        self.flush_l2(observer)?;
+        self.end_l2(observer)?;
+        self.write_tables(observer)?;
         self.align();
         let l1_bytes: Vec<u8> = self.l1.iter().flat_map(|e| e.to_be_bytes()).collect();
         let l1_offset =
@@ -320,15 +334,13 @@ impl<'a, D> Layout<'a, D> {
         let (per_block, per_table) = (self.cluster / 2, self.cluster / 8);
         let (mut blocks, mut tables) = (1, 1);
         loop {
-            let total = before + blocks + tables;
-            let need = (total.div_ceil(per_block), total.div_ceil(per_block).div_ceil(per_table));
+            let need = (before + blocks + tables).div_ceil(per_block).max(blocks);
+            let need = (need, need.div_ceil(per_table).max(tables));
             if need == (blocks, tables) {
                 break;
             }
-            (blocks, tables) = (need.0.max(blocks), need.1.max(tables));
-            if total.div_ceil(per_block) <= blocks && blocks.div_ceil(per_table) <= tables {
-                break;
-            }
+            // More of them count more of themselves.
+            (blocks, tables) = need;
         }
         let total = before + blocks + tables;
         self.refcounts.resize(before as usize, 0);

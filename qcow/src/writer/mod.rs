@@ -1,16 +1,20 @@
-//! New images in one pass: workers read, compress and digest; one thread lays the clusters out in guest order.
+//! New images in one pass: workers read, compress and digest; one at a time lays the clusters out in guest order.
 
 mod clusters;
+mod fill;
 mod head;
 mod layout;
 pub(crate) mod pipeline;
 mod raw;
 mod source;
+pub(crate) mod write_back;
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
+pub use fill::{Before, Sink};
 pub use layout::write_image;
+pub(crate) use raw::is_zero;
 pub use raw::write_raw;
 pub use source::ChainSource;
 
@@ -97,10 +101,10 @@ pub trait Observer: Sync {
         let _ = (cluster, stored);
         None
     }
-    /// A cluster has its place. One thread, in guest order. Places ascend, except that within 16 MiB of the guest
+    /// A cluster has its place. One call at a time, in guest order. Places ascend, except that within 16 MiB of the guest
     /// (aligned) plain clusters may lie behind compressed ones that follow them.
     fn stored(&self, cluster: u64, place: Place, digest: Self::Digest) -> Result<()>;
-    /// Header, tables or refcounts were written. One thread.
+    /// Header, tables or refcounts were written. One call at a time.
     fn metadata(&self, offset: u64, bytes: &[u8]) -> Result<()>;
 }
 
@@ -158,6 +162,8 @@ pub struct Written {
     pub file_len: u64,
     /// Clusters with stored bytes.
     pub clusters: u64,
+    /// Those of them that are compressed.
+    pub compressed_clusters: u64,
     /// Clusters whose entries say that they read as zeros.
     pub zero_clusters: u64,
 }

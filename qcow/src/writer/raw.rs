@@ -1,10 +1,14 @@
 //! A source as a sparse raw file.
 
+use std::ops::Range;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 
-use crate::writer::{Control, Run, Source, pipeline};
+use parking_lot::Mutex;
+
+use crate::writer::pipeline::{self, Jobs};
+use crate::writer::write_back::WriteBack;
+use crate::writer::{Control, Run, Source};
 use crate::{Error, Result, Storage};
 
 /// Granularity in which zeros become holes, in bytes.
@@ -19,34 +23,52 @@ pub fn write_raw<S: Source>(dest: Arc<dyn Storage>, size: u64, source: &S, contr
         move |e| Error::io(&path, doing, e)
     };
     dest.set_len(size).map_err(io("setting the size"))?;
-    let written = AtomicU64::new(0);
-    let make = |buf: &mut Vec<u8>, run: Run| {
-        if run.zero {
-            return Ok(());
+    let spare = Mutex::new(Vec::<Vec<u8>>::new());
+    let make = |(): &mut (), run: Run| {
+        let mut buf = Vec::new();
+        if !run.zero {
+            buf = spare.lock().pop().unwrap_or_default();
+            buf.resize(run.len as usize, 0);
+            source.read(run.start, &mut buf)?;
         }
-        buf.resize(run.len as usize, 0);
-        source.read(run.start, buf)?;
-        // Neighbouring blocks with data go out in one write.
-        let mut from = 0;
-        while from < buf.len() {
-            let block = |at: usize| &buf[at..buf.len().min(at + BLOCK as usize)];
-            if is_zero(block(from)) {
-                from += BLOCK as usize;
-                continue;
-            }
-            let mut to = from;
-            while to < buf.len() && !is_zero(block(to)) {
-                to = buf.len().min(to + BLOCK as usize);
-            }
-            dest.write_at(&buf[from..to], run.start + from as u64).map_err(io("writing"))?;
-            written.fetch_add((to - from) as u64, Ordering::Relaxed);
-            from = to;
-        }
-        Ok(())
+        let rows = rows(&buf);
+        Ok((run.start, buf, rows))
     };
-    pipeline::run(source, BLOCK, control, || Ok(Vec::new()), make, |()| Ok(()))?;
-    dest.sync().map_err(io("syncing"))?;
-    Ok(written.into_inner())
+    std::thread::scope(|scope| {
+        let mut write_back = WriteBack::new(scope, &dest);
+        let mut written = 0;
+        let take = |(start, buf, rows): (u64, Vec<u8>, Vec<Range<usize>>)| {
+            for row in rows {
+                let (at, bytes) = (start + row.start as u64, buf.get(row).unwrap_or_default());
+                dest.write_at(bytes, at).map_err(io("writing"))?;
+                written += bytes.len() as u64;
+                write_back.wrote(at, bytes.len() as u64);
+            }
+            if !buf.is_empty() {
+                spare.lock().push(buf);
+            }
+            Ok(())
+        };
+        let jobs = Jobs { cluster: BLOCK, bytes: pipeline::COPY_BYTES };
+        pipeline::run(source, jobs, control, || Ok(()), make, take)?;
+        dest.sync().map_err(io("syncing"))?;
+        Ok(written)
+    })
+}
+
+/// Where blocks lie in a row that hold anything but zeros: each row goes out in one write.
+fn rows(buf: &[u8]) -> Vec<Range<usize>> {
+    let mut rows: Vec<Range<usize>> = Vec::new();
+    for (block, at) in buf.chunks(BLOCK as usize).zip((0..).step_by(BLOCK as usize)) {
+        if is_zero(block) {
+            continue;
+        }
+        match rows.last_mut() {
+            Some(last) if last.end == at => last.end += block.len(),
+            _ => rows.push(at..at + block.len()),
+        }
+    }
+    rows
 }
 
 /// Whether all bytes are zero.

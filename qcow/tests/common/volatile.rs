@@ -9,12 +9,23 @@ use knib_qcow::{Error, Storage};
 
 use super::Random;
 
+/// What files that lose power together have in common.
+pub struct Power {
+    pub ops: AtomicU64,
+    /// It fails before operation number `cut`.
+    cut: u64,
+}
+
+impl Power {
+    pub fn new(cut: u64) -> Arc<Self> {
+        Arc::new(Self { ops: AtomicU64::new(0), cut })
+    }
+}
+
 /// A file in memory that remembers what was written since the last sync.
 pub struct Volatile {
     state: Mutex<State>,
-    pub ops: AtomicU64,
-    /// The power fails before operation number `cut`.
-    cut: u64,
+    pub power: Arc<Power>,
     path: PathBuf,
 }
 
@@ -36,11 +47,14 @@ fn apply(file: &mut Vec<u8>, at: u64, bytes: &[u8]) {
 
 impl Volatile {
     pub fn new(bytes: Vec<u8>, cut: u64) -> Arc<Self> {
+        Self::named("volatile", bytes, &Power::new(cut))
+    }
+    pub fn named(name: &str, bytes: Vec<u8>, power: &Arc<Power>) -> Arc<Self> {
         let state = State { now: bytes.clone(), durable: bytes, pending: Vec::new() };
-        Arc::new(Self { state: Mutex::new(state), ops: AtomicU64::new(0), cut, path: "volatile".into() })
+        Arc::new(Self { state: Mutex::new(state), power: power.clone(), path: name.into() })
     }
     fn op(&self) -> io::Result<()> {
-        if self.ops.fetch_add(1, Ordering::Relaxed) >= self.cut {
+        if self.power.ops.fetch_add(1, Ordering::Relaxed) >= self.power.cut {
             return Err(io::Error::other("the power failed"));
         }
         Ok(())
@@ -48,6 +62,10 @@ impl Volatile {
     /// What a reader sees now.
     pub fn now(&self) -> Vec<u8> {
         self.state.lock().unwrap().now.clone()
+    }
+    /// What was synced, and not a byte more.
+    pub fn durable(&self) -> Vec<u8> {
+        self.state.lock().unwrap().durable.clone()
     }
     /// What is on the disk after the power failed: of what was not synced, any part, by sectors.
     pub fn survivor(&self, random: &mut Random) -> Vec<u8> {
@@ -124,21 +142,45 @@ impl Storage for Volatile {
 }
 
 /// Has `work` done on a disk with `start` that loses power before each of its operations; hands what survives to
-/// `judge`, with the number of the operation. Returns what the disk holds when nothing fails.
+/// `judge`, with the number of the operation. Returns what the disk holds when the power fails right after the work.
 pub fn every_cut(
     start: &[u8],
     work: &dyn Fn(Arc<dyn Storage>) -> Result<(), Error>,
     judge: &mut dyn FnMut(u64, Vec<u8>),
 ) -> Vec<u8> {
-    let whole = Volatile::new(start.to_vec(), u64::MAX);
-    work(whole.clone()).unwrap();
-    let ops = whole.ops.load(Ordering::Relaxed);
+    let only = |mut files: Vec<Vec<u8>>| files.remove(0);
+    let end =
+        every_cut_of(&[("volatile", start.to_vec())], &|files| work(files[0].clone()), &mut |cut, files| {
+            judge(cut, only(files))
+        });
+    only(end)
+}
+
+pub type WorkOnFiles<'a> = &'a dyn Fn(&[Arc<Volatile>]) -> Result<(), Error>;
+
+/// The same with files that lose power together.
+pub fn every_cut_of(
+    start: &[(&str, Vec<u8>)],
+    work: WorkOnFiles<'_>,
+    judge: &mut dyn FnMut(u64, Vec<Vec<u8>>),
+) -> Vec<Vec<u8>> {
+    let files = |power: &Arc<Power>| -> Vec<Arc<Volatile>> {
+        start.iter().map(|(name, bytes)| Volatile::named(name, bytes.clone(), power)).collect()
+    };
+    let power = Power::new(u64::MAX);
+    let whole = files(&power);
+    work(&whole).unwrap();
+    let ops = power.ops.load(Ordering::Relaxed);
     let mut random = Random(ops.max(1));
+    // Where there are few cuts, each has several outcomes looked at: one throw may miss what a sync is for.
+    let rounds = (60 / ops.max(1)).clamp(1, 10);
     for cut in 0..ops {
-        let storage = Volatile::new(start.to_vec(), cut);
-        let error = work(storage.clone()).unwrap_err();
+        let files = files(&Power::new(cut));
+        let error = work(&files).unwrap_err();
         assert!(error.to_string().contains("the power failed"), "{error}");
-        judge(cut, storage.survivor(&mut random));
+        for _ in 0..rounds {
+            judge(cut, files.iter().map(|file| file.survivor(&mut random)).collect());
+        }
     }
-    whole.now()
+    whole.iter().map(|file| file.durable()).collect()
 }

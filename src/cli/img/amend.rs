@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
-use knib_qcow::{Amend, Control, Format, Preallocation, Storage};
+use knib_qcow::{Amend, Control, Format, Preallocation, Storage, bitmap};
 
 use super::options::{Given, flag, long_flag, value};
 use super::progress::Progress;
@@ -99,6 +99,10 @@ fn run(given: &Given) -> Done {
     let gate = Following::new(false);
     let changed = version != header.version || lazy.is_some() || order.is_some();
     if changed {
+        let bitmaps = bitmap::list(&*storage).map_err(|e| opened.wrong(&e))?;
+        for gone in bitmaps.iter().filter(|_| version < 3) {
+            warn(&format!("warning: bitmap '{}' is removed: compat=0.10 has no bitmaps", gone.name));
+        }
         let what = Amend { version: Some(version), lazy_refcounts: lazy, refcount_order: order };
         knib_qcow::amend(storage.clone(), &gate, &what, &control)?;
     }

@@ -66,7 +66,11 @@ fn run(given: &Given) -> Done {
     let (report, fixed) = match repair {
         None => {
             let gate = Following::new(share);
-            let image = Image::open(opened.storage.clone(), &gate).map_err(|e| opened.wrong(&e))?;
+            let image = Image::open_tables(opened.storage.clone()).map_err(|e| opened.wrong(&e))?;
+            if image.header().external_data() {
+                // The data file must be there, as for QEMU.
+                drop(Image::open(opened.storage.clone(), &gate).map_err(|e| opened.wrong(&e))?);
+            }
             (knib_qcow::check(&image, &control)?, None)
         }
         Some(what) => {
@@ -77,6 +81,12 @@ fn run(given: &Given) -> Done {
             }
             for message in &repaired.before.messages {
                 warn(message);
+            }
+            if what == Repair::Leaks && repaired.after.uncounted > 0 {
+                return Err(Failure::new(format!(
+                    "Check failed: {} clusters in use have a refcount of 0, and only -r all makes refcounts anew",
+                    repaired.after.uncounted
+                )));
             }
             let fixed = Fixed::of(&repaired.before, &repaired.after);
             (repaired.after, Some(fixed).filter(|f| f.leaks > 0 || f.corruptions > 0))

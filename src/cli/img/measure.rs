@@ -92,7 +92,9 @@ fn run(given: &Given) -> Done {
         }
     };
     let bitmaps = match &opened {
-        Some(o) if target == Format::Qcow2 => bitmap_bytes(o, 1 << plan.qcow2.cluster_bits)?,
+        Some(o) if target == Format::Qcow2 && plan.qcow2.version >= 3 => {
+            bitmap_bytes(o, 1 << plan.qcow2.cluster_bits)?
+        }
         _ => None,
     };
     match output {
@@ -142,7 +144,7 @@ fn data(layers: &Layers, cluster: u64) -> Result<u64, Failure> {
 fn bitmap_bytes(opened: &Opened, cluster: u64) -> Result<Option<u64>, Failure> {
     let Some(header) = opened.header()?.filter(|h| h.version >= 3) else { return Ok(None) };
     let (mut bytes, mut directory) = (0, 0);
-    for b in bitmap::list(&*opened.storage)?.iter().filter(|b| !b.in_use) {
+    for b in &bitmap::list(&*opened.storage)? {
         let bits = header.size.div_ceil(b.granularity);
         let clusters = bits.div_ceil(8).div_ceil(cluster);
         bytes += clusters * cluster + (clusters * 8).next_multiple_of(cluster);

@@ -2,6 +2,7 @@
 //! `qemu-img` to this program stands in for it.
 
 mod amend;
+mod bitmap;
 mod check;
 mod commit;
 mod compare;
@@ -11,6 +12,7 @@ mod info;
 mod json;
 mod map;
 mod measure;
+mod named;
 mod options;
 mod progress;
 mod rebase;
@@ -43,6 +45,7 @@ struct Command {
 
 const COMMANDS: &[Command] = &[
     amend::COMMAND,
+    bitmap::COMMAND,
     check::COMMAND,
     commit::COMMAND,
     compare::COMMAND,
@@ -57,10 +60,12 @@ const COMMANDS: &[Command] = &[
 ];
 
 /// What every command takes.
-const COMMON: &[Opt] = &[flag('h', "help", "show this help")];
-/// What every command knows and refuses.
-const REFUSED: &[Opt] =
-    &[long_value("object", "OBJDEF", ""), long_flag("image-opts", ""), long_flag("target-image-opts", "")];
+const COMMON: &[Opt] = &[
+    flag('h', "help", "show this help"),
+    long_flag("image-opts", "images are named so: driver=FMT,file.filename=FILE (not for create)"),
+];
+/// What every command knows; `named` and `refuse` say which of them take it.
+const OTHERS: &[Opt] = &[long_value("object", "OBJDEF", ""), long_flag("target-image-opts", "")];
 
 /// `knibfs img …` where other options of knibfs come first.
 #[derive(Debug, clap::Args)]
@@ -126,21 +131,15 @@ fn main(program: &str, line: &[OsString]) -> ExitCode {
     let Some(command) = COMMANDS.iter().find(|c| c.name == name) else {
         return failed(None, &Failure::usage(format!("Command not found: {name}")));
     };
-    let mut rest: Vec<OsString> = line.cloned().collect();
-    // The size may begin with a minus, which makes it no option.
-    let size = (command.name == resize::COMMAND.name).then(|| rest.pop()).flatten();
-    let help = size.as_ref().is_some_and(|s| s == "-h" || s == "--help");
-    rest.extend(size.clone().filter(|_| help));
-    let size = size.filter(|_| !help);
-    let parsed = Given::parse(&[command.options, COMMON, REFUSED], &rest).map(|mut given| {
-        given.words.extend(size);
-        given
-    });
-    let result = parsed.and_then(|given| {
+    let rest: Vec<OsString> = line.cloned().collect();
+    let sized = command.name == resize::COMMAND.name;
+    let parsed = Given::parse(&[command.options, COMMON, OTHERS], &rest, sized);
+    let result = parsed.and_then(|mut given| {
         if given.has("help") {
             return say(&command_help(program, command)).map(|()| 0);
         }
         refuse(&given)?;
+        named::resolve(command, &mut given)?;
         (command.run)(&given)
     });
     match result {
@@ -160,17 +159,8 @@ fn finished(program: &str, done: Done) -> ExitCode {
 }
 
 fn refuse(given: &Given) -> Result<(), Failure> {
-    for (option, why) in [
-        ("object", "--object (secrets, TLS) is not supported: images are opened by name only"),
-        ("image-opts", "--image-opts is not supported: name the image's file, and its format with -f"),
-        (
-            "target-image-opts",
-            "--target-image-opts is not supported: name the target's file, and its format with -O",
-        ),
-    ] {
-        if given.has(option) {
-            return Err(Failure::new(why));
-        }
+    if given.has("object") {
+        return Err(Failure::new("--object (secrets, TLS) is not supported: images are opened by name only"));
     }
     Ok(())
 }
@@ -236,7 +226,7 @@ fn help(program: &str) -> String {
     for command in COMMANDS {
         text += &format!("  {:<9} {}\n", command.name, command.about);
     }
-    text + "\nNot supported, and refused with a word: other formats, network protocols, encryption, --image-opts, --object.\n\
+    text + "\nNot supported, and refused with a word: other formats, network protocols, encryption, --object.\n\
             Supported formats: raw qcow2\n"
 }
 
@@ -263,7 +253,7 @@ mod tests {
     #[test]
     fn letters_and_names_of_options_are_used_once() {
         for command in COMMANDS {
-            let all: Vec<&Opt> = command.options.iter().chain(COMMON).chain(REFUSED).collect();
+            let all: Vec<&Opt> = command.options.iter().chain(COMMON).chain(OTHERS).collect();
             for (at, option) in all.iter().enumerate() {
                 for other in &all[..at] {
                     assert_ne!(option.long, other.long, "{}", command.name);

@@ -47,8 +47,9 @@ pub struct Given {
 }
 
 impl Given {
-    /// Sorts `arguments` into options and words.
-    pub fn parse(options: &[&'static [Opt]], arguments: &[OsString]) -> Result<Self, Failure> {
+    /// Sorts `arguments` into options and words; if `sized`, `-` and a digit right behind a word is a word too: a size to
+    /// take off.
+    pub fn parse(options: &[&'static [Opt]], arguments: &[OsString], sized: bool) -> Result<Self, Failure> {
         let mut given = Self::default();
         let mut arguments = arguments.iter();
         while let Some(argument) = arguments.next() {
@@ -62,6 +63,10 @@ impl Given {
                 given.letters(options, &bytes[1..], &mut arguments)?;
             } else {
                 given.words.push(argument.clone());
+                let next = arguments.as_slice().first().filter(|_| sized);
+                if next.is_some_and(|n| matches!(n.as_bytes(), [b'-', digit, ..] if digit.is_ascii_digit())) {
+                    given.words.extend(arguments.next().cloned());
+                }
             }
         }
         Ok(given)
@@ -140,6 +145,11 @@ impl Given {
         Ok(())
     }
 
+    /// Adds an option, as if it had been given last.
+    pub fn set(&mut self, long: &'static str, value: OsString) {
+        self.options.push((long, value));
+    }
+
     /// Whether the option was given.
     pub fn has(&self, long: &str) -> bool {
         self.options.iter().any(|(name, _)| *name == long)
@@ -159,9 +169,18 @@ impl Given {
 
     /// All values, in order, as text.
     pub fn texts(&self, long: &str) -> Result<Vec<&str>, Failure> {
-        let of = self.options.iter().filter(|(name, _)| *name == long);
-        of.map(|(_, v)| v.to_str().ok_or_else(|| Failure::new(format!("the value of --{long} is not UTF-8"))))
-            .collect()
+        Ok(self.in_order(&[long])?.into_iter().map(|(_, v)| v).collect())
+    }
+
+    /// Those of the options that were given, in order, each with its value.
+    pub fn in_order(&self, longs: &[&str]) -> Result<Vec<(&'static str, &str)>, Failure> {
+        let of = self.options.iter().filter(|(name, _)| longs.contains(name));
+        of.map(|(name, v)| {
+            let text = v.to_str();
+            text.map(|v| (*name, v))
+                .ok_or_else(|| Failure::new(format!("the value of --{name} is not UTF-8")))
+        })
+        .collect()
     }
 
     /// The only word, or the message that one is needed.
@@ -181,7 +200,7 @@ mod tests {
         &[flag('p', "progress", ""), value('f', "format", "FMT", ""), long_value("output", "OFMT", "")];
 
     fn parse(words: &[&str]) -> Result<Given, Failure> {
-        Given::parse(&[OPTIONS], &words.iter().map(OsString::from).collect::<Vec<_>>())
+        Given::parse(&[OPTIONS], &words.iter().map(OsString::from).collect::<Vec<_>>(), false)
     }
 
     #[test]
@@ -191,6 +210,19 @@ mod tests {
         assert_eq!(given.text("format").unwrap(), Some("qcow2"));
         assert_eq!(given.text("output").unwrap(), Some("json"));
         assert_eq!(given.words, ["a", "b", "-p"]);
+    }
+
+    #[test]
+    fn a_size_to_take_off_stands_right_behind_a_word() {
+        let parse = |words: &[&str]| {
+            let words: Vec<OsString> = words.iter().map(OsString::from).collect();
+            Given::parse(&[OPTIONS], &words, true)
+        };
+        assert_eq!(parse(&["a", "-1M", "-p"]).unwrap().words, ["a", "-1M"]);
+        assert_eq!(parse(&["-p", "--", "a", "-1M"]).unwrap().words, ["a", "-1M"]);
+        for words in [&["a", "-p", "-1M"][..], &["-1M", "a"], &["-f", "raw", "-1M", "a"], &["a", "-x"]] {
+            assert!(parse(words).is_err(), "{words:?}");
+        }
     }
 
     #[test]

@@ -2,7 +2,8 @@
 
 use std::path::PathBuf;
 
-use virt::domain::DomainState;
+use virt::domain::{DomainPausedReason, DomainState, DomainStateReason};
+use virt::enumutil::Enum;
 use virt::sys;
 
 use super::Session;
@@ -14,9 +15,9 @@ use crate::hypervisor::{
 
 pub(super) fn inspect(session: &Session) -> Result<Guest> {
     let power = power(session)?;
-    let persistent = session.domain.is_persistent().map_err(session.refused("look at the state"))?;
-    let managed_save = power == Power::Off
-        && session.domain.has_managed_save(0).map_err(session.refused("look at the state"))?;
+    let persistent = session.ask("look at the state", |domain| domain.is_persistent())?;
+    let managed_save =
+        power == Power::Off && session.ask("look at the state", move |domain| domain.has_managed_save(0))?;
     let definition = match (power, persistent) {
         (_, true) => persistent_text(session)?,
         (_, false) => text(session, sys::VIR_DOMAIN_XML_SECURE)?,
@@ -64,7 +65,7 @@ pub(super) fn persistent_text(session: &Session) -> Result<String> {
 }
 
 fn text(session: &Session, flags: sys::virDomainXMLFlags) -> Result<String> {
-    session.domain.xml_desc(flags).map_err(session.refused("read the definition"))
+    session.ask("read the definition", move |domain| domain.xml_desc(flags))
 }
 
 pub(super) fn parse(session: &Session, text: &str) -> Result<DomainXml> {
@@ -75,12 +76,19 @@ pub(super) fn parse(session: &Session, text: &str) -> Result<DomainXml> {
 }
 
 pub(super) fn power(session: &Session) -> Result<Power> {
-    if !session.domain.is_active().map_err(session.refused("look at the state"))? {
+    if !session.ask("look at the state", |domain| domain.is_active())? {
         return Ok(Power::Off);
     }
-    let (state, _) = session.domain.state().map_err(session.refused("look at the state"))?;
+    let (state, _) = session.ask("look at the state", |domain| domain.state())?;
     let stopped = [DomainState::Paused, DomainState::PMSuspended, DomainState::Crashed];
     Ok(if state.is_any(stopped.to_vec()) { Power::Paused } else { Power::Running })
+}
+
+/// Whether QEMU paused it because a disk could not be read or written.
+pub(super) fn is_stopped_by_error(session: &Session) -> Result<bool> {
+    let (_, reason) = session.ask("look at the state", |domain| domain.state())?;
+    let error = Enum::Known(DomainPausedReason::IOError);
+    Ok(matches!(reason, Enum::Known(DomainStateReason::Paused(why)) if why == error))
 }
 
 /// A disk's images: as the definition lists them, and from where it stops as the headers do.

@@ -13,6 +13,7 @@ mod users;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::mpsc::{Receiver, Sender, channel};
 use std::time::Duration;
 
 use uuid::Uuid;
@@ -22,8 +23,8 @@ use virt::error::{Error, ErrorNumber};
 
 use super::agent::Agent;
 use super::{
-    DiskPlace, Guest, Hypervisor, HypervisorError, ImageRef, ImageUser, Images, JobControl, NewOverlay,
-    Pulled, Quiesce, Result, Snapshot,
+    DiskPlace, ErrorPolicy, Guest, Hypervisor, HypervisorError, ImageRef, ImageUser, Images, JobControl,
+    NewOverlay, Pulled, Quiesce, Result, Snapshot, limit,
 };
 
 /// How long a thaw is tried after knibfs died.
@@ -120,6 +121,22 @@ impl Hypervisor for LibvirtDomain {
         pull::pull(self, &self.session()?, target, foreign, control)
     }
 
+    fn flush(&self, path: &Path) -> Result<()> {
+        pull::flush(&self.session()?, path)
+    }
+
+    fn resume(&self) -> Result<()> {
+        pull::resume(&self.session()?)
+    }
+
+    fn resume_after_error(&self) -> Result<bool> {
+        pull::resume_after_error(&self.session()?)
+    }
+
+    fn set_error_policy(&self, target: &str, policy: &ErrorPolicy) -> Result<()> {
+        define::set_error_policy(&self.session()?, target, policy)
+    }
+
     fn reopen(&self) -> Result<()> {
         define::reopen(&self.session()?)
     }
@@ -140,26 +157,47 @@ impl Hypervisor for LibvirtDomain {
     }
 }
 
-/// A connection and the domain on it.
+/// A connection and the domain on it. Each call is bounded: see [`limit`].
 struct Session {
     uri: String,
-    connect: Connect,
-    domain: Domain,
+    link: Arc<Link>,
+    /// After `link`: fields are dropped in this order.
+    closing: Closing,
     uuid: Uuid,
     name: String,
+}
+
+/// Tells when the connection is closed. The program must not end in the middle of that: libvirt's library would clean up
+/// beside it.
+#[derive(Default)]
+struct Closing(Option<(Sender<()>, Receiver<()>)>);
+
+impl Drop for Closing {
+    fn drop(&mut self) {
+        if let Some((held, closed)) = self.0.take() {
+            drop(held);
+            let _ = closed.recv_timeout(limit::of_a_connection());
+        }
+    }
+}
+
+struct Link {
+    connect: Connect,
+    domain: Domain,
 }
 
 impl Session {
     /// By UUID where `key` is one that is known, else by name.
     fn open(uri: &str, key: &str) -> Result<Self> {
+        let (at, key) = (uri.to_owned(), key.to_owned());
+        limit::within(limit::of_a_connection(), uri, "connect", move || Self::connect(at, &key))?
+    }
+
+    fn connect(uri: String, key: &str) -> Result<Self> {
         // libvirt's library prints every error; here they are returned.
         virt::error::clear_error_callback();
-        let unreachable = |e: Error| HypervisorError::Unreachable {
-            uri: uri.to_owned(),
-            why: e.message().to_owned(),
-            changing: false,
-        };
-        let connect = Connect::open(Some(uri)).map_err(unreachable)?;
+        let unreachable = |e: Error| define::unreachable(&uri, &e);
+        let connect = Connect::open(Some(&uri)).map_err(unreachable)?;
         let by_uuid = Uuid::parse_str(key).ok().map(|uuid| connect.lookup_domain_by_uuid(uuid));
         let found = match by_uuid {
             Some(Ok(domain)) => Ok(domain),
@@ -167,25 +205,64 @@ impl Session {
         };
         let domain = found.map_err(|e| {
             if e.code().is(ErrorNumber::NoDomain) {
-                HypervisorError::NoSuchDomain { uri: uri.to_owned(), domain: key.to_owned() }
+                HypervisorError::NoSuchDomain { uri: uri.clone(), domain: key.to_owned() }
             } else {
                 unreachable(e)
             }
         })?;
         let name = domain.name().map_err(unreachable)?;
         let uuid = domain.uuid().map_err(unreachable)?;
-        Ok(Self { uri: uri.to_owned(), connect, domain, uuid, name })
+        Ok(Self { uri, link: Arc::new(Link { connect, domain }), closing: Closing::default(), uuid, name })
     }
 
-    fn agent(&self) -> Agent<'_> {
-        Agent { domain: &self.domain, name: &self.name }
+    fn agent(&self) -> Agent {
+        Agent { uri: self.uri.clone(), domain: self.link.domain.clone(), name: self.name.clone() }
+    }
+
+    /// Asks libvirt for something; `doing` follows "cannot" and precedes "of domain".
+    fn ask<T: Send + 'static>(
+        &self,
+        doing: &str,
+        call: impl FnOnce(&Domain) -> std::result::Result<T, Error> + Send + 'static,
+    ) -> Result<T> {
+        self.call(doing, call)?.map_err(self.refused(doing))
+    }
+
+    /// Asks libvirt for something; what it answers, an error too.
+    fn call<T: Send + 'static>(
+        &self,
+        doing: &str,
+        call: impl FnOnce(&Domain) -> std::result::Result<T, Error> + Send + 'static,
+    ) -> Result<std::result::Result<T, Error>> {
+        let domain = self.link.domain.clone();
+        limit::within(limit::of_a_call(), &self.uri, doing, move || call(&domain))
+    }
+
+    /// Asks the host for something that is not about the domain alone.
+    fn ask_host<T: Send + 'static>(
+        &self,
+        doing: &str,
+        call: impl FnOnce(&Connect) -> std::result::Result<T, Error> + Send + 'static,
+    ) -> Result<std::result::Result<T, Error>> {
+        let connect = self.link.connect.clone();
+        limit::within(limit::of_a_call(), &self.uri, doing, move || call(&connect))
+    }
+
+    /// Replaces the definition of the next run.
+    fn define(&self, doing: &str, text: &str) -> Result<()> {
+        let text = text.to_owned();
+        let defined = self.ask_host(doing, move |connect| connect.define_domain_xml(&text).map(drop))?;
+        defined.map_err(self.refused(doing))
     }
 
     /// libvirt refused something; `doing` follows "cannot" and precedes "of domain".
     fn refused(&self, doing: &str) -> impl Fn(Error) -> HypervisorError {
         let (uri, domain, doing) = (self.uri.clone(), self.name.clone(), doing.to_owned());
+        let connect = self.link.connect.clone();
         move |e| {
-            if e.code().is_any(vec![ErrorNumber::Rpc, ErrorNumber::NoConnect, ErrorNumber::InvalidConn]) {
+            let lost = vec![ErrorNumber::Rpc, ErrorNumber::NoConnect, ErrorNumber::InvalidConn];
+            // A daemon that ends in the middle is told as any system error.
+            if e.code().is_any(lost) || !connect.is_alive().unwrap_or(false) {
                 return HypervisorError::Unreachable {
                     uri: uri.clone(),
                     why: e.message().into(),
@@ -196,6 +273,26 @@ impl Session {
             HypervisorError::Libvirt { doing: doing.clone(), domain: domain.clone(), why }
         }
     }
+}
+
+impl Drop for Session {
+    /// The last one to let go of a connection closes it, which asks libvirt too, so this is bounded as well.
+    fn drop(&mut self) {
+        let link = self.link.clone();
+        let ((held, let_go), (say, closed)) = (channel(), channel());
+        let spawned = std::thread::Builder::new().spawn(move || {
+            // Until this session has let go.
+            let _ = let_go.recv();
+            drop(link);
+            let _ = say.send(());
+        });
+        self.closing = Closing(spawned.is_ok().then_some((held, closed)));
+    }
+}
+
+/// Whether the domain runs.
+pub(crate) fn power(uri: &str, domain: &str) -> Result<super::Power> {
+    inspect::power(&Session::open(uri, domain)?)
 }
 
 /// Whether the domain can be reached.

@@ -27,7 +27,7 @@ pub(super) fn check_agrees(session: &Session, target: &str, live: &Path) -> Resu
 /// Makes the definition of the next run name `chain` for each disk, if it does not yet. Disks that it does not have
 /// are left out: they were attached for this run only.
 pub(super) fn make_name(session: &Session, volumes: &[(&str, &[ImageRef])]) -> Result<()> {
-    let persistent = session.domain.is_persistent().map_err(session.refused("look at the state"))?;
+    let persistent = session.ask("look at the state", |domain| domain.is_persistent())?;
     let Some((first, chain)) = volumes.first() else { return Ok(()) };
     if !persistent {
         return Ok(());
@@ -50,8 +50,10 @@ pub(super) fn make_name(session: &Session, volumes: &[(&str, &[ImageRef])]) -> R
     if new == old {
         return Ok(());
     }
-    session.connect.define_domain_xml(&new).map_err(|e| failed(first, chain, e.message().to_owned()))?;
-    Ok(())
+    session.define("change the definition", &new).map_err(|error| match error {
+        HypervisorError::Libvirt { why, .. } => failed(first, chain, why),
+        lost => lost,
+    })
 }
 
 /// Whether a definition names these images. What it does not list, libvirt reads from the headers.
@@ -69,7 +71,7 @@ fn names(disk: &DiskXml, chain: &[ImageRef]) -> bool {
 }
 
 fn disk(session: &Session, target: &str) -> Result<Option<DiskXml>> {
-    if !session.domain.is_persistent().map_err(session.refused("look at the state"))? {
+    if !session.ask("look at the state", |domain| domain.is_persistent())? {
         return Ok(None);
     }
     let parsed = inspect::parse(session, &inspect::persistent_text(session)?)?;

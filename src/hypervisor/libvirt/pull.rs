@@ -68,9 +68,6 @@ pub(super) fn pull(
                 let chain = chain?;
                 if !chain.iter().any(|i| i.path.starts_with(foreign)) {
                     persistent::make_name(session, &[(target, &chain)])?;
-                    if let Some(live) = chain.first() {
-                        flush(session, &live.path)?;
-                    }
                     return Ok(Pulled::Done);
                 }
                 if control.cancel.load(Ordering::Relaxed) {
@@ -104,21 +101,36 @@ pub(super) fn pull(
 /// QEMU keeps tables of what was pulled in memory until the guest flushes, and the header does not name the backing file any
 /// more: a QEMU that is killed before would lose what was pulled. A stop flushes all. Its caches first, so that the
 /// guest stands still for a moment only.
-fn flush(session: &Session, path: &Path) -> Result<()> {
+pub(super) fn flush(session: &Session, path: &Path) -> Result<()> {
     std::fs::File::open(path).and_then(|f| f.sync_all()).map_err(HypervisorError::io("flush", path))?;
     match inspect::power(session)? {
         Power::Running => {
-            session.domain.suspend().map_err(session.refused("flush the disks"))?;
+            session.ask("flush the disks", |domain| domain.suspend())?;
             failpoint::hit("pull-flushing");
-            session.domain.resume().map_err(session.refused("resume"))
+            session.ask("resume", |domain| domain.resume())
         }
         // libvirt does not stop what is stopped; QEMU does, and flushes.
-        Power::Paused => session
-            .domain
-            .qemu_monitor_command("{\"execute\":\"stop\"}", 0)
-            .map(drop)
-            .map_err(session.refused("flush the disks")),
+        Power::Paused => session.ask("flush the disks", |domain| {
+            domain.qemu_monitor_command("{\"execute\":\"stop\"}", 0).map(drop)
+        }),
         Power::Off => Ok(()),
+    }
+}
+
+/// Lets one go on that QEMU paused because of an I/O error.
+pub(super) fn resume_after_error(session: &Session) -> Result<bool> {
+    let stopped = inspect::power(session)? == Power::Paused && inspect::is_stopped_by_error(session)?;
+    if stopped {
+        session.ask("resume", |domain| domain.resume())?;
+    }
+    Ok(stopped)
+}
+
+/// Lets one that is paused go on.
+pub(super) fn resume(session: &Session) -> Result<()> {
+    match inspect::power(session)? {
+        Power::Paused => session.ask("resume", |domain| domain.resume()),
+        Power::Running | Power::Off => Ok(()),
     }
 }
 

@@ -96,10 +96,11 @@ fn running(
     let flags = sys::VIR_DOMAIN_SNAPSHOT_CREATE_DISK_ONLY
         | sys::VIR_DOMAIN_SNAPSHOT_CREATE_ATOMIC
         | sys::VIR_DOMAIN_SNAPSHOT_CREATE_NO_METADATA;
-    let taken = session.domain.create_snapshot_xml(&text, flags);
+    let taken =
+        session.ask("take a snapshot", move |domain| domain.create_snapshot_xml(&text, flags).map(drop));
     failpoint::hit("snapshot-taken");
     let was_frozen = frozen.map(|f| f.thaw(&mut notes));
-    let changing = |e| match session.refused("take a snapshot")(e) {
+    let changing = |error| match error {
         HypervisorError::Unreachable { uri, why, .. } => {
             HypervisorError::Unreachable { uri, why, changing: true }
         }
@@ -212,7 +213,7 @@ fn off(
     if inspect::power(session)? != Power::Off {
         return Err(started_meanwhile(guest));
     }
-    session.connect.define_domain_xml(&new).map_err(session.refused("change the definition"))?;
+    session.define("change the definition", &new)?;
     failpoint::hit("offline-defined");
     // It may have been started between the look and the change: then it runs on the old images.
     if inspect::power(session)? != Power::Off {
@@ -220,7 +221,7 @@ fn off(
         let moved =
             after.iter().all(|a| live.volumes.iter().any(|v| v.target == a.target && v.chain == a.chain));
         if !moved {
-            session.connect.define_domain_xml(&old).map_err(session.refused("change back the definition"))?;
+            session.define("change back the definition", &old)?;
             return Err(started_meanwhile(guest));
         }
     }

@@ -2,8 +2,10 @@
 
 use std::path::{Path, PathBuf};
 
+use uuid::Uuid;
+use virt::connect::Connect;
 use virt::domain::Domain;
-use virt::error::ErrorNumber;
+use virt::error::{Error, ErrorNumber};
 use virt::sys;
 
 use super::Session;
@@ -13,61 +15,39 @@ use crate::hypervisor::xml::{self, DiskSource, DiskXml};
 use crate::hypervisor::{Definition, HypervisorError, ImageRef, ImageUser, Result};
 
 pub(super) fn users_of(session: &Session, path: &Path) -> Result<Vec<ImageUser>> {
+    let doing = "read the neighbours' definitions";
+    let neighbours = session.ask_host(doing, read_all)?.map_err(session.refused(doing))?;
     let mut users = Vec::new();
-    let domains = session.connect.list_all_domains(0).map_err(session.refused("list the neighbours"))?;
-    for domain in domains {
-        match of_domain(session, &domain, path) {
-            Ok(more) => users.extend(more),
-            // It went away while we looked: it names nothing.
-            Err(Trouble::Libvirt(e)) if e.code().is(ErrorNumber::NoDomain) => {}
-            Err(Trouble::Libvirt(e)) => return Err(session.refused("read a neighbour's definition")(e)),
-            Err(Trouble::Other(e)) => return Err(e),
-        }
+    for neighbour in neighbours {
+        users.extend(of_domain(session, &neighbour, path)?);
     }
     Ok(users)
 }
 
-enum Trouble {
-    Libvirt(virt::error::Error),
-    Other(HypervisorError),
+/// What a domain of the host is defined as.
+struct Neighbour {
+    name: String,
+    uuid: Uuid,
+    definitions: Vec<(Definition, String)>,
+    /// With their names.
+    snapshots: Vec<(String, String)>,
 }
 
-impl From<virt::error::Error> for Trouble {
-    fn from(e: virt::error::Error) -> Self {
-        Trouble::Libvirt(e)
-    }
-}
-
-fn of_domain(
-    session: &Session,
-    domain: &Domain,
-    path: &Path,
-) -> std::result::Result<Vec<ImageUser>, Trouble> {
-    let name = domain.name()?;
-    let uuid = domain.uuid()?;
-    let mut users = Vec::new();
-    let bad = |why| {
-        Trouble::Other(HypervisorError::BadDefinition { domain: name.clone(), why: format!("it {why}") })
-    };
-    let mut add = |definition: &Definition, disks: &[DiskXml]| {
-        for disk in disks {
-            let depth = paths(session, disk)
-                .map_err(Trouble::Other)?
-                .into_iter()
-                .find_map(|(depth, p)| same_file(&p, path).then_some(depth));
-            if let Some(depth) = depth {
-                users.push(ImageUser {
-                    domain: name.clone(),
-                    uuid: Some(uuid),
-                    definition: definition.clone(),
-                    target: disk.target.clone(),
-                    depth,
-                });
-            }
+fn read_all(host: &Connect) -> std::result::Result<Vec<Neighbour>, Error> {
+    let mut all = Vec::new();
+    for domain in host.list_all_domains(0)? {
+        match read(&domain) {
+            Ok(neighbour) => all.push(neighbour),
+            // It went away while we looked: it names nothing.
+            Err(e) if e.code().is(ErrorNumber::NoDomain) => {}
+            Err(e) => return Err(e),
         }
-        Ok::<(), Trouble>(())
-    };
-    let mut firmware = Vec::new();
+    }
+    Ok(all)
+}
+
+fn read(domain: &Domain) -> std::result::Result<Neighbour, Error> {
+    let (name, uuid) = (domain.name()?, domain.uuid()?);
     let mut definitions = Vec::new();
     if domain.is_active()? {
         definitions.push((Definition::Live, domain.xml_desc(0)?));
@@ -75,24 +55,43 @@ fn of_domain(
     if domain.is_persistent()? {
         definitions.push((Definition::Persistent, domain.xml_desc(sys::VIR_DOMAIN_XML_INACTIVE)?));
     }
-    for (definition, text) in definitions {
-        let parsed = xml::parse(&text).map_err(bad)?;
-        add(&definition, &parsed.disks)?;
+    let mut snapshots = Vec::new();
+    for snapshot in domain.list_all_snapshots(0)? {
+        snapshots.push((snapshot.name()?, snapshot.xml_desc(0)?));
+    }
+    Ok(Neighbour { name, uuid, definitions, snapshots })
+}
+
+fn of_domain(session: &Session, domain: &Neighbour, path: &Path) -> Result<Vec<ImageUser>> {
+    let mut users = Vec::new();
+    let bad = |why| HypervisorError::BadDefinition { domain: domain.name.clone(), why: format!("it {why}") };
+    let user = |definition: &Definition, target: &str, depth| ImageUser {
+        domain: domain.name.clone(),
+        uuid: Some(domain.uuid),
+        definition: definition.clone(),
+        target: target.to_owned(),
+        depth,
+    };
+    let mut add = |definition: &Definition, disks: &[DiskXml]| {
+        for disk in disks {
+            let found = paths(session, disk)?;
+            let depth = found.into_iter().find_map(|(depth, p)| same_file(&p, path).then_some(depth));
+            users.extend(depth.map(|depth| user(definition, &disk.target, depth)));
+        }
+        Ok::<(), HypervisorError>(())
+    };
+    let mut firmware = Vec::new();
+    for (definition, text) in &domain.definitions {
+        let parsed = xml::parse(text).map_err(bad)?;
+        add(definition, &parsed.disks)?;
         if parsed.nvram.is_some_and(|n| same_file(&n, path)) {
-            firmware.push(definition);
+            firmware.push(user(definition, "", 0));
         }
     }
-    for snapshot in domain.list_all_snapshots(0)? {
-        let disks = xml::parse_snapshot(&snapshot.xml_desc(0)?).map_err(bad)?;
-        add(&Definition::Snapshot(snapshot.name()?), &disks)?;
+    for (name, text) in &domain.snapshots {
+        add(&Definition::Snapshot(name.clone()), &xml::parse_snapshot(text).map_err(bad)?)?;
     }
-    users.extend(firmware.into_iter().map(|definition| ImageUser {
-        domain: name.clone(),
-        uuid: Some(uuid),
-        definition,
-        target: String::new(),
-        depth: 0,
-    }));
+    users.extend(firmware);
     Ok(users)
 }
 
@@ -135,6 +134,9 @@ fn paths(session: &Session, disk: &DiskXml) -> Result<Vec<(usize, PathBuf)>> {
 }
 
 fn pool_volume(session: &Session, pool: &str, volume: &str) -> Option<PathBuf> {
-    let pool = session.connect.lookup_storage_pool_by_name(pool).ok()?;
-    pool.lookup_storage_vol_by_name(volume).ok()?.path().ok().map(PathBuf::from)
+    let (pool, volume) = (pool.to_owned(), volume.to_owned());
+    let asked = session.ask_host("look for a volume", move |host| {
+        host.lookup_storage_pool_by_name(&pool)?.lookup_storage_vol_by_name(&volume)?.path()
+    });
+    asked.ok()?.ok().map(PathBuf::from)
 }

@@ -119,7 +119,8 @@ pub fn remove_disk(text: &str, target: &str) -> Result<String, String> {
     Ok(splice(text, found.map(|d| (d.range(), String::new())).collect()))
 }
 
-/// The definition of another domain that is the same but for name, UUID, MAC addresses and identity in the guest's eyes.
+/// The definition of another domain that is the same but for name, UUID, MAC addresses, identity in the guest's eyes, and
+/// the files and sockets that belong to one domain alone: those of its consoles, and its TPM's state.
 /// `nvram` is the file of its firmware variables; without one, libvirt makes it from the firmware's template.
 ///
 /// # Errors
@@ -135,6 +136,12 @@ pub fn new_domain(text: &str, name: &str, uuid: Uuid, nvram: Option<&Path>) -> R
     edits.extend(child(root, "genid").map(|node| (node.range(), "<genid/>".into())));
     let devices = || children(root, "devices").flat_map(|d| children(d, "interface"));
     edits.extend(devices().flat_map(|i| children(i, "mac")).map(gone));
+    let old = named.text().unwrap_or_default().trim();
+    for (node, attribute) in own_files(root) {
+        if let Some(path) = node.attribute(attribute) {
+            set_attribute(text, node, attribute, &renamed(path, old, name), &mut edits);
+        }
+    }
     // libvirt refuses one that differs from the domain's own.
     let systems = children(root, "sysinfo").flat_map(|s| children(s, "system"));
     let entries = systems.flat_map(|s| children(s, "entry"));
@@ -156,6 +163,50 @@ pub fn new_domain(text: &str, name: &str, uuid: Uuid, nvram: Option<&Path>) -> R
         }
     }
     Ok(splice(text, edits))
+}
+
+/// What names files that a domain writes to and sockets that it listens on.
+fn own_files<'a, 'i>(root: Node<'a, 'i>) -> Vec<(Node<'a, 'i>, &'static str)> {
+    let mut found = Vec::new();
+    for device in children(root, "devices").flat_map(|d| d.children()) {
+        match device.tag_name().name() {
+            "serial" | "parallel" | "console" | "channel" => {
+                let kind = device.attribute("type");
+                // One that it connects to is another program's.
+                let is_own = |source: &Node<'_, '_>| match kind {
+                    Some("file") => true,
+                    Some("unix") => source.attribute("mode") != Some("connect"),
+                    _ => false,
+                };
+                found.extend(children(device, "source").filter(is_own).map(|node| (node, "path")));
+                found.extend(children(device, "log").map(|node| (node, "file")));
+            }
+            "graphics" => {
+                found.push((device, "socket"));
+                found.extend(children(device, "listen").map(|node| (node, "socket")));
+            }
+            "tpm" => {
+                let emulated =
+                    children(device, "backend").filter(|b| b.attribute("type") == Some("emulator"));
+                found.extend(emulated.flat_map(|b| children(b, "source")).map(|node| (node, "path")));
+            }
+            _ => {}
+        }
+    }
+    found
+}
+
+/// The path of a domain's file, for another domain: with its name in the place of the old one, or before the file's.
+fn renamed(path: &str, old: &str, new: &str) -> String {
+    let (folder, file) = match path.rsplit_once('/') {
+        Some((folder, file)) => (Some(folder), file),
+        None => (None, path),
+    };
+    let file = match !old.is_empty() && file.contains(old) {
+        true => file.replacen(old, new, 1),
+        false => format!("{new}-{file}"),
+    };
+    folder.map_or(file.clone(), |folder| format!("{folder}/{file}"))
 }
 
 /// `set_attribute` escapes by itself.
@@ -240,6 +291,34 @@ mod tests {
         assert!(!new.contains("52:54") && new.contains("<genid/>") && new.contains("name='serial'"), "{new}");
         assert!(!new.contains("0007") && !new.contains("0008"), "{new}");
         assert_eq!(xml::parse(&new_domain(OLD, "x", uuid, None).unwrap()).unwrap().nvram, None);
+    }
+
+    #[test]
+    fn a_new_domain_writes_to_no_file_of_the_old_one_and_listens_on_none_of_its_sockets() {
+        let old = "<domain><name>web1</name><devices>\
+            <serial type='file'><source path='/log/web1.log'/><log file='/log/serial' append='on'/></serial>\
+            <console type='pty'><source path='/dev/pts/3'/></console>\
+            <channel type='unix'><source mode='bind' path='/run/agent'/></channel>\
+            <channel type='unix'><source mode='connect' path='/run/server'/></channel>\
+            <graphics type='vnc' socket='/run/web1.vnc'><listen type='socket' socket='/run/web1.vnc'/></graphics>\
+            <tpm model='tpm-crb'><backend type='emulator'><source type='dir' path='/tpm/web1'/></backend></tpm>\
+            <tpm><backend type='passthrough'><device path='/dev/tpm0'/></backend></tpm>\
+            </devices></domain>";
+        let new = new_domain(old, "db", Uuid::from_u128(9), None).unwrap();
+        let there = [
+            "'/log/db.log'",
+            "'/log/db-serial'",
+            "'/run/db-agent'",
+            "<graphics type='vnc' socket='/run/db.vnc'><listen type='socket' socket='/run/db.vnc'/>",
+            "'/tpm/db'",
+            "'/dev/pts/3'",
+            "'/run/server'",
+            "'/dev/tpm0'",
+        ];
+        for text in there {
+            assert!(new.contains(text), "{text}: {new}");
+        }
+        assert!(!new.contains("web1"), "{new}");
     }
 
     #[test]

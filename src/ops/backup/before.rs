@@ -7,8 +7,8 @@ use std::sync::Arc;
 use super::BackupError;
 use crate::chain::{Method, Next, Plan, StoredFile, VolumeNow, foreign_base, plan};
 use crate::hypervisor::{Guest, GuestVolume, ImageRef};
-use crate::ops::hypervisor::target;
-use crate::store::manifest::{Manifest, PrimaryImage};
+use crate::ops::hypervisor::{new_volume, target};
+use crate::store::manifest::{Disk, Manifest, PrimaryImage};
 use crate::store::sums::{Sums, SumsCache};
 use crate::store::vm::{Source, Track, Volume};
 use crate::store::{DiskName, Store, StoreError, VmRecord, VolumeId};
@@ -30,7 +30,7 @@ pub(super) fn method(record: &VmRecord) -> Method {
 }
 
 /// Brings the record's volumes up to what the VM has now.
-pub(super) fn refresh(record: &mut VmRecord, guest: &Guest) -> Result<(), BackupError> {
+pub(crate) fn refresh(record: &mut VmRecord, guest: &Guest) -> Result<(), BackupError> {
     for volume in &mut record.volumes {
         let found = guest.volumes.iter().find(|g| g.target == target(volume));
         volume.detached = found.is_none();
@@ -46,26 +46,21 @@ pub(super) fn refresh(record: &mut VmRecord, guest: &Guest) -> Result<(), Backup
         let Some(live) = found.chain.first().filter(|_| !known && !record.exclude.contains(&name)) else {
             continue;
         };
-        record.volumes.push(Volume {
-            id: VolumeId::random(),
-            name,
-            path: live.path.clone(),
-            format: live.format,
-            target: Some(found.target.clone()),
-            serial: found.serial.clone(),
-            block_device: found.block_device,
-            detached: false,
-        });
+        record.volumes.push(new_volume(name, found, live));
     }
     Ok(())
 }
 
 /// Refuses what must not be backed up now.
 pub(super) fn check(record: &VmRecord, guest: &Guest) -> Result<(), BackupError> {
-    let vm = &record.name;
+    trouble(record, guest).map_or(Ok(()), |why| Err(BackupError::refused(&record.name, why)))
+}
+
+/// Why the state of the VM's disks cannot be taken now, if so.
+pub(crate) fn trouble(record: &VmRecord, guest: &Guest) -> Option<String> {
     if guest.managed_save {
         let why = "its memory was saved by `virsh managedsave`: start it, or `virsh managedsave-remove` it";
-        return Err(BackupError::refused(vm, why));
+        return Some(why.to_owned());
     }
     let excluded = |target: &str| record.exclude.iter().any(|name| name.as_str() == target);
     if let Some(refused) = guest.refused.iter().find(|r| !excluded(&r.target)) {
@@ -74,10 +69,9 @@ pub(super) fn check(record: &VmRecord, guest: &Guest) -> Result<(), BackupError>
         } else {
             "detach it, or add the VM anew without it (`vm add --exclude-disk`)"
         };
-        let why = format!("its disk {} {}; {way_out}, then try again", refused.target, refused.reason);
-        return Err(BackupError::refused(vm, why));
+        return Some(format!("its disk {} {}; {way_out}, then try again", refused.target, refused.reason));
     }
-    Ok(())
+    None
 }
 
 /// The volumes that take part, as they are now.
@@ -198,6 +192,9 @@ pub(crate) fn primary(image: &ImageRef) -> Result<PrimaryImage, BackupError> {
         device: meta.dev(),
         inode: meta.ino(),
         virtual_size: virtual_size(image)?,
+        modified: meta
+            .is_file()
+            .then(|| meta.mtime().saturating_mul(1_000_000_000).saturating_add(meta.mtime_nsec())),
         owner: None,
     })
 }
@@ -225,10 +222,7 @@ pub(super) fn sums_chain(
 ) -> Result<Vec<Arc<Sums>>, StoredFile> {
     let cache = SumsCache::new(64 << 20);
     let mut layers = Vec::new();
-    let mut next = record.tracking.current.as_ref().map(|c| c.id);
-    while let Some(id) = next {
-        let Some(manifest) = history.iter().find(|m| m.id == id) else { return Err(StoredFile::Missing) };
-        let Some(disk) = manifest.disk_of(volume) else { return Err(StoredFile::Missing) };
+    for (manifest, disk) in disk_chain(record, volume, history)? {
         let image = store.disk_path(&record.name, &manifest.name, &disk.name);
         let path = store.sums_path(&record.name, &manifest.name, &disk.name);
         check_len(&image, disk.file_size)?;
@@ -237,14 +231,53 @@ pub(super) fn sums_chain(
         }
         let sums = Sums::open_checked(&path, &disk.sums_digest, cache.clone())
             .map_err(|e| StoredFile::Damaged(e.to_string()))?;
-        if sums.info().image_len != disk.file_size || layers.len() > 200 {
+        if sums.info().image_len != disk.file_size {
             return Err(StoredFile::Damaged(format!("{} is of another image", path.display())));
         }
         layers.push(Arc::new(sums));
-        let below = manifest.parent.as_ref().filter(|_| disk.depth > 1);
-        next = below.map(|p| p.id);
     }
     Ok(layers)
+}
+
+/// The disk's files in the store from the current backup down.
+fn disk_chain<'a>(
+    record: &VmRecord,
+    volume: VolumeId,
+    history: &'a [Manifest],
+) -> Result<Vec<(&'a Manifest, &'a Disk)>, StoredFile> {
+    let mut chain = Vec::new();
+    let mut next = record.tracking.current.as_ref().map(|c| c.id);
+    while let Some(id) = next {
+        let Some(manifest) = history.iter().find(|m| m.id == id) else { return Err(StoredFile::Missing) };
+        let Some(disk) = manifest.disk_of(volume) else { return Err(StoredFile::Missing) };
+        if chain.len() > 200 {
+            return Err(StoredFile::Damaged("its manifests stand on one another without an end".into()));
+        }
+        chain.push((manifest, disk));
+        next = manifest.parent.as_ref().filter(|_| disk.depth > 1).map(|p| p.id);
+    }
+    Ok(chain)
+}
+
+/// Reads all checksums that a scan of the disk compares with, and records those that are damaged; whether any is.
+pub(super) fn find_damaged_sums(
+    store: &Store,
+    record: &VmRecord,
+    volume: VolumeId,
+    history: &[Manifest],
+) -> Result<bool, BackupError> {
+    let cache = SumsCache::new(1 << 20);
+    let mut found = false;
+    for (manifest, disk) in disk_chain(record, volume, history).unwrap_or_default() {
+        let path = store.sums_path(&record.name, &manifest.name, &disk.name);
+        let read = Sums::open_checked(&path, &disk.sums_digest, cache.clone())
+            .and_then(|sums| sums.regions().try_for_each(|region| region.map(drop)));
+        if let Err(error) = read {
+            store.note_damage(&record.name, manifest.id, &disk.name, Some(&error.to_string()))?;
+            found = true;
+        }
+    }
+    Ok(found)
 }
 
 fn check_len(path: &Path, expected: u64) -> Result<(), StoredFile> {
@@ -257,8 +290,17 @@ fn check_len(path: &Path, expected: u64) -> Result<(), StoredFile> {
 }
 
 fn stored(store: &Store, record: &VmRecord, volume: VolumeId, history: &[Manifest]) -> StoredFile {
-    match sums_chain(store, record, volume, history) {
-        Ok(_) => StoredFile::Sound,
-        Err(why) => why,
+    if let Err(why) = sums_chain(store, record, volume, history) {
+        return why;
+    }
+    // Row "when in doubt, full": what cannot be read says nothing good either.
+    let known = match store.known_damage(&record.name) {
+        Ok(known) => known,
+        Err(error) => return StoredFile::Damaged(error.to_string()),
+    };
+    let chain = disk_chain(record, volume, history).unwrap_or_default();
+    match chain.iter().find_map(|(manifest, disk)| known.of(manifest.id, &disk.name)) {
+        Some(damaged) => StoredFile::Damaged(damaged.what.clone()),
+        None => StoredFile::Sound,
     }
 }

@@ -1,16 +1,14 @@
 //! Copying one frozen volume into the staging folder.
 
 use std::num::NonZero;
-use std::sync::atomic::{AtomicU64, Ordering};
 
-use knib_qcow::{
-    Chain, ChainSource, Control, FileStorage, Format, NewImage, Observer, Place, PlainPaths, write_image,
-};
+use knib_qcow::{Chain, ChainSource, Control, FileStorage, Format, NewImage, PlainPaths, write_image};
 
 use super::before::{Taken, sums_chain};
 use super::{BackupError, Run};
 use crate::chain::{Method, VolumePlan};
 use crate::hypervisor::ImageRef;
+use crate::ops::codec::codec;
 use crate::ops::control::Event;
 use crate::store::manifest::{Compression, Disk, ImageFormat, Kind, Manifest};
 use crate::store::sums::{SumsChain, SumsWriter};
@@ -70,35 +68,21 @@ impl Copy<'_> {
         };
         let mut sums = SumsWriter::create(&self.staging.sums_path(name), CLUSTER_BITS, chain.size())?;
         let storage = FileStorage::create_new(&self.staging.disk_path(name)).map_err(failed)?;
-        let compressed = AtomicU64::new(0);
         let written = if !incremental {
-            write_image(
-                storage,
-                &new,
-                &ChainSource::whole(&chain, CLUSTER),
-                &Counting::new(&sums, &compressed),
-                &engine,
-            )
+            write_image(storage, &new, &ChainSource::whole(&chain, CLUSTER), &sums, &engine)
         } else if self.method == Method::Delta {
-            write_image(
-                storage,
-                &new,
-                &ChainSource::top(&chain, plan.layers, CLUSTER),
-                &Counting::new(&sums, &compressed),
-                &engine,
-            )
+            write_image(storage, &new, &ChainSource::top(&chain, plan.layers, CLUSTER), &sums, &engine)
         } else {
             let layers = sums_chain(self.run.store, &self.run.record, taken.volume.id, self.history)
                 .map_err(|why| StoreError::Invalid(format!("the parent of {name} changed: {why:?}")))?;
             let parent = SumsChain::new(layers)?;
             sums = sums.leave_out_what_is_in(parent.clone());
             let source = super::scan::ScanSource::new(&chain, parent, CLUSTER);
-            write_image(storage, &new, &source, &Counting::new(&sums, &compressed), &engine)
+            write_image(storage, &new, &source, &sums, &engine)
         }
         .map_err(failed)?;
         let summary = sums.finish(written.file_len)?;
         (control.progress)(Event::End { what: what.clone() });
-        let compressed = compressed.into_inner();
         Ok(Disk {
             name: name.clone(),
             volume: taken.volume.id,
@@ -110,51 +94,12 @@ impl Copy<'_> {
             file_size: written.file_len,
             cluster_size: CLUSTER,
             data_clusters: written.clusters,
-            compressed_clusters: compressed,
+            compressed_clusters: written.compressed_clusters,
             zero_clusters: written.zero_clusters,
-            compression: self.compression.filter(|_| compressed > 0),
+            compression: self.compression.filter(|_| written.compressed_clusters > 0),
             sums_size: summary.len,
             sums_digest: summary.digest,
             primary: super::before::primary(frozen)?,
         })
-    }
-}
-
-fn codec(how: Compression) -> knib_qcow::Compression {
-    let (kind, level) = match how {
-        Compression::Zstd => (knib_qcow::CompressionType::Zstd, 3),
-        Compression::Zlib => (knib_qcow::CompressionType::Deflate, 6),
-    };
-    knib_qcow::Compression { kind, level }
-}
-
-/// Checksums, and how many clusters were compressed.
-struct Counting<'a> {
-    sums: &'a SumsWriter,
-    compressed: &'a AtomicU64,
-}
-
-impl<'a> Counting<'a> {
-    fn new(sums: &'a SumsWriter, compressed: &'a AtomicU64) -> Self {
-        Self { sums, compressed }
-    }
-}
-
-impl Observer for Counting<'_> {
-    type Digest = <SumsWriter as Observer>::Digest;
-    fn keep(&self, cluster: u64, guest: &[u8]) -> bool {
-        self.sums.keep(cluster, guest)
-    }
-    fn digest(&self, cluster: u64, guest: &[u8], stored: &[u8]) -> Self::Digest {
-        self.sums.digest(cluster, guest, stored)
-    }
-    fn stored(&self, cluster: u64, place: Place, digest: Self::Digest) -> knib_qcow::Result<()> {
-        if matches!(place, Place::Compressed { .. }) {
-            self.compressed.fetch_add(1, Ordering::Relaxed);
-        }
-        self.sums.stored(cluster, place, digest)
-    }
-    fn metadata(&self, offset: u64, bytes: &[u8]) -> knib_qcow::Result<()> {
-        self.sums.metadata(offset, bytes)
     }
 }

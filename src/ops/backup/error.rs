@@ -44,6 +44,16 @@ pub enum BackupError {
         /// The setting.
         limit: std::time::Duration,
     },
+    /// It is in the store, but what is left of the one before it on primary is not all merged and recorded.
+    #[error(
+        "{error}; the backup {backup} is whole in the store: run `knibfs recover`, which finishes the rest"
+    )]
+    Unfinished {
+        /// `VM/BACKUP`.
+        backup: String,
+        /// What went wrong.
+        error: Box<BackupError>,
+    },
     /// What was begun could not be undone.
     #[error("{error}; undoing what was begun failed as well: {undo}; run `knibfs recover`")]
     NotUndone {
@@ -55,6 +65,11 @@ pub enum BackupError {
 }
 
 impl BackupError {
+    /// libvirt could not be asked: the same may work later.
+    pub(crate) fn is_lost(&self) -> bool {
+        matches!(self, Self::Hypervisor(HypervisorError::Unreachable { .. } | HypervisorError::Silent { .. }))
+    }
+
     pub(super) fn refused(vm: &VmName, why: impl Into<String>) -> Self {
         Self::Refused { vm: vm.clone(), why: why.into() }
     }

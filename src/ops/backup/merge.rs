@@ -7,45 +7,31 @@ use std::path::Path;
 
 use super::BackupError;
 use super::before::primary;
+use crate::chain::deltas::{Held, after_backup};
 use crate::failpoint;
 use crate::hypervisor::{Guest, Hypervisor, ImageRef, JobControl};
 use crate::ops::control::OpControl;
 use crate::store::journal::{BackupOp, DiskOp, Journal, Merge, Operation, Outcome};
 use crate::store::manifest::{Manifest, PrimaryImage};
 use crate::store::vm::{Current, Tracking, VolumeTracking};
-use crate::store::{BackupId, VmRecord, atomic};
+use crate::store::{BackupId, StoreError, VmRecord, atomic};
 
 /// What hypervisors call a disk of the journal.
 pub(crate) fn target(disk: &DiskOp) -> String {
     disk.target.clone().unwrap_or_else(|| disk.name.to_string())
 }
 
-/// The merges of a disk whose frozen images are `frozen` and whose live one is `live` above `base`.
-///
-/// Only what a backup left is merged, and only into what it was made on: the lowest first.
+/// The merges of a disk that was `frozen` and is `after` now.
 pub(super) fn plan(
     frozen: &[PrimaryImage],
     after: &[ImageRef],
     keep_deltas: bool,
     merge_live: bool,
+    held: &Held,
 ) -> Vec<Merge> {
-    let mut merges = Vec::new();
-    // Where the images are now, from the bottom: an overlay at the given path has renamed what it stands on.
-    let mut below: Vec<&ImageRef> = Vec::new();
-    for (image, now) in frozen.iter().zip(after.iter().skip(1)).rev() {
-        match below.last() {
-            Some(base) if image.owner.is_some() && !keep_deltas => merges.push(Merge {
-                top: now.path.clone(),
-                base: base.path.clone(),
-                outcome: Outcome::Pending,
-            }),
-            _ => below.push(now),
-        }
-    }
-    if let (true, Some(live), Some(base)) = (merge_live, after.first(), below.last()) {
-        merges.push(Merge { top: live.path.clone(), base: base.path.clone(), outcome: Outcome::Pending });
-    }
-    merges
+    let after: Vec<&Path> = after.iter().map(|i| i.path.as_path()).collect();
+    let steps = after_backup(frozen, &after, keep_deltas, merge_live, held);
+    steps.into_iter().map(|s| Merge { top: s.top, base: s.base, outcome: Outcome::Pending }).collect()
 }
 
 /// Does the merges that the journal asks for and that are not done; says what had to be kept.
@@ -72,14 +58,7 @@ pub(crate) fn merge_all(
             set(journal, Outcome::Begun)?;
             failpoint::hit("backup-merge");
             control.step(format!("merging {} into {}", merge.top.display(), merge.base.display()));
-            let outcome = match one(hypervisor, &target(disk), merge, begun, control) {
-                Ok(()) => Outcome::Done,
-                Err(error) => {
-                    let path = merge.top.display();
-                    kept.push(format!("{path} was kept, the next backup merges it: {error}"));
-                    Outcome::Kept { reason: error.to_string() }
-                }
-            };
+            let outcome = outcome(hypervisor, &target(disk), merge, begun, control, &mut kept)?;
             failpoint::hit("backup-merged");
             set(journal, outcome)?;
         }
@@ -87,6 +66,27 @@ pub(crate) fn merge_all(
     Ok(kept)
 }
 
+/// What becomes of a merge of the journal; one that had to be kept is told in `kept`.
+pub(crate) fn outcome(
+    hypervisor: &dyn Hypervisor,
+    target: &str,
+    merge: &Merge,
+    begun: bool,
+    control: &OpControl<'_>,
+    kept: &mut Vec<String>,
+) -> Result<Outcome, BackupError> {
+    match one(hypervisor, target, merge, begun, control) {
+        Ok(()) => Ok(Outcome::Done),
+        // It may work when the host is back: `recover` tries again.
+        Err(error) if error.is_lost() => Err(error),
+        Err(error) => {
+            kept.push(format!("{} was kept, the next backup merges it: {error}", merge.top.display()));
+            Ok(Outcome::Kept { reason: error.to_string() })
+        }
+    }
+}
+
+/// Does one merge of the journal and deletes what was merged. One that was `begun` may have been done before a crash.
 fn one(
     hypervisor: &dyn Hypervisor,
     target: &str,
@@ -94,11 +94,9 @@ fn one(
     begun: bool,
     control: &OpControl<'_>,
 ) -> Result<(), BackupError> {
-    if in_chain(hypervisor, target, merge)? {
-        commit(hypervisor, target, &merge.top, &merge.base, control)?;
-    } else if !begun {
+    if !commit(hypervisor, target, &merge.top, &merge.base, control)? && !begun {
         // Someone else changed the chain: what is not ours to judge stays.
-        return Err(BackupError::Store(crate::store::StoreError::Invalid(format!(
+        return Err(BackupError::Store(StoreError::Invalid(format!(
             "{} does not stand on {} any more",
             merge.top.display(),
             merge.base.display()
@@ -107,24 +105,43 @@ fn one(
     unlink(hypervisor, &merge.top)
 }
 
-fn in_chain(hypervisor: &dyn Hypervisor, target: &str, merge: &Merge) -> Result<bool, BackupError> {
-    let guest = hypervisor.inspect()?;
-    let chain = guest.volumes.iter().find(|v| v.target == target).map(|v| v.chain.as_slice());
-    let has = |path: &Path| chain.unwrap_or_default().iter().any(|i| i.path == path);
-    Ok(has(&merge.top) && has(&merge.base))
-}
-
-/// Merges one image into another of its chain.
+/// Merges one image, and what lies between, into another of its chain; false where they are not both in it.
 pub(crate) fn commit(
     hypervisor: &dyn Hypervisor,
     target: &str,
     top: &Path,
     base: &Path,
     control: &OpControl<'_>,
-) -> Result<(), BackupError> {
+) -> Result<bool, BackupError> {
+    let guest = hypervisor.inspect()?;
+    let chain = guest.volumes.iter().find(|v| v.target == target).map(|v| v.chain.as_slice());
+    let chain = chain.unwrap_or_default();
+    let has = |path: &Path| chain.iter().any(|i| i.path == path);
+    if !has(top) || !has(base) {
+        return Ok(false);
+    }
+    let mut merged = chain.iter().skip_while(|i| i.path != top).take_while(|i| i.path != base);
+    merged.try_for_each(|image| refuse_snapshots(&image.path))?;
     let job = JobControl { cancel: control.cancel, progress: &|_| {}, rate_limit: None };
     hypervisor.commit(target, top, base, &job)?;
-    Ok(())
+    Ok(true)
+}
+
+/// A merge takes over what the disk holds now, and would lose the snapshots that someone made inside the image.
+pub(crate) fn refuse_snapshots(image: &Path) -> Result<(), BackupError> {
+    let broken = |error: knib_qcow::Error| BackupError::Store(StoreError::Invalid(error.to_string()));
+    let file = knib_qcow::FileStorage::open(image, knib_qcow::Access::Read).map_err(broken)?;
+    let inside = knib_qcow::snapshot::list(&*file).map_err(broken)?;
+    if inside.is_empty() {
+        return Ok(());
+    }
+    let names: Vec<String> =
+        inside.iter().map(|s| s.name.chars().filter(|c| !c.is_control()).collect()).collect();
+    Err(BackupError::Store(StoreError::Invalid(format!(
+        "{} holds internal snapshots ({}), which merging would lose; delete them when they are not needed (`qemu-img snapshot -d`, or `virsh snapshot-delete` if libvirt knows them)",
+        image.display(),
+        names.join(", ")
+    ))))
 }
 
 /// Deletes an image that nothing names any more.
@@ -134,6 +151,11 @@ pub(crate) fn unlink(hypervisor: &dyn Hypervisor, path: &Path) -> Result<(), Bac
     }
     failpoint::hit("backup-unlink");
     Ok(atomic::remove(path)?)
+}
+
+fn sync(path: &Path) -> Result<(), BackupError> {
+    let synced = std::fs::File::open(path).and_then(|file| file.sync_all());
+    Ok(synced.map_err(StoreError::io("sync", path))?)
 }
 
 /// Records in `record` how the backup left the VM, as it is now.
@@ -151,6 +173,10 @@ pub(crate) fn track(
         let mut images = Vec::new();
         if !scan {
             for (depth, image) in found.chain.iter().enumerate() {
+                if depth > 0 {
+                    // A file's time is the server's only once its data is there (NFS).
+                    sync(&image.path)?;
+                }
                 let mut seen = primary(image)?;
                 let was = disk.frozen.iter().find(|f| (f.device, f.inode) == (seen.device, seen.inode));
                 seen.owner = match was {
@@ -181,8 +207,12 @@ pub(crate) fn track(
         return Ok(());
     }
     let current = Current { id: op.backup, name: manifest.name.clone() };
-    record.tracking =
-        Tracking { current: (!op.end_of_chain).then_some(current), end_of_chain: op.end_of_chain, volumes };
+    record.tracking = Tracking {
+        current: (!op.end_of_chain).then_some(current),
+        end_of_chain: op.end_of_chain,
+        volumes,
+        ..Tracking::default()
+    };
     Ok(())
 }
 

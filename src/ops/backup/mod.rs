@@ -3,7 +3,7 @@
 //! Each step is written to the journal before it is begun, so that [`super::recover`] can finish or undo it. Until the
 //! backup is published a failure undoes everything; afterwards it only keeps deltas longer.
 
-mod before;
+pub(crate) mod before;
 mod copy;
 mod definition;
 mod error;
@@ -20,20 +20,20 @@ pub use error::BackupError;
 
 use super::control::OpControl;
 use super::deadline::within;
-use super::{hypervisor, images};
+use super::{deltas, detached, images, whereabouts};
 use crate::chain::{Method, Plan};
 use crate::failpoint;
 use crate::hypervisor::{Guest, GuestVolume, Hypervisor, ImageRef, Images as _, NewOverlay, Power, Quiesce};
 use crate::store::journal::{BackupOp, BackupStep, DiskOp, Journal, Operation, Outcome};
 use crate::store::manifest::{BackupState, CompressionState, Manifest, Skipped, ValidationState};
 use crate::store::vm::VmState;
-use crate::store::{BackupId, BackupName, Staging, Store, StoreError, VmName, VmRecord};
+use crate::store::{BackupId, BackupName, DiskName, Staging, Store, StoreError, VmName, VmRecord};
 use before::Taken;
 
 /// How long a guest may take to freeze its file systems.
-const FREEZE: Duration = Duration::from_secs(30);
+pub(crate) const FREEZE: Duration = Duration::from_secs(30);
 /// How long its agent may take to answer.
-const AGENT: Duration = Duration::from_secs(10);
+pub(crate) const AGENT: Duration = Duration::from_secs(10);
 
 /// How a backup is to be taken.
 #[derive(Debug, Clone, Copy, Default)]
@@ -57,7 +57,8 @@ struct Run<'a> {
 /// Takes a backup; its manifest when it is whole in the store and everything is recorded.
 ///
 /// # Errors
-/// The VM is as it was before and nothing is left, unless the error is [`BackupError::NotUndone`].
+/// The VM is as it was before and nothing is left, unless the error is [`BackupError::NotUndone`] or
+/// [`BackupError::Unfinished`].
 pub fn run(
     store: &Store,
     vm: &VmName,
@@ -83,19 +84,31 @@ fn once(
         let why = "an operation on it was interrupted: run `knibfs recover` first";
         return Err(BackupError::refused(vm, why));
     }
-    // Under the lock.
-    let record = store.vm(vm)?;
-    let hypervisor = hypervisor::of(&record)?;
-    let mut run = Run {
-        store,
-        record,
-        control: *control,
-        hypervisor: &*hypervisor,
-        options,
-        backup: BackupId::random(),
-        started: Timestamp::now(),
-    };
-    run.take()
+    let mut again = true;
+    loop {
+        // Under the lock.
+        let mut record = store.vm_in_care(vm)?;
+        let hypervisor = whereabouts::find(store, &mut record)?;
+        let mut run = Run {
+            store,
+            record,
+            control: *control,
+            hypervisor: &*hypervisor,
+            options,
+            backup: BackupId::random(),
+            started: Timestamp::now(),
+        };
+        match run.take() {
+            // With what it found recorded, the second attempt is full.
+            Err(BackupError::Copy { disk, .. }) if again && run.stands_on_damage(&disk)? => {
+                control.warn(format!(
+                    "the checksums that {disk} was compared with are damaged: this backup is full"
+                ));
+                again = false;
+            }
+            done => return done,
+        }
+    }
 }
 
 impl Run<'_> {
@@ -107,6 +120,7 @@ impl Run<'_> {
             self.hypervisor.agent_ping(AGENT)?;
         }
         before::refresh(&mut self.record, &guest)?;
+        detached::settle(self.store, &mut self.record, &guest, self.hypervisor, &self.control)?;
         let history = self.store.backups(&self.record.name)?.manifests;
         let mut taken = before::look(self.store, &self.record, &guest, &history)?;
         before::check_bases(&self.record, &mut taken, self.options.isolated)?;
@@ -153,9 +167,12 @@ impl Run<'_> {
             return Err(self.undone(journal, staging, error.into()));
         }
         failpoint::hit("backup-published");
-        for warning in
-            finish(self.store, &mut self.record, self.hypervisor, journal, &manifest, &self.control)?
-        {
+        let finished =
+            finish(self.store, &mut self.record, self.hypervisor, journal, &manifest, &self.control);
+        for warning in finished.map_err(|error| BackupError::Unfinished {
+            backup: format!("{}/{}", manifest.vm, manifest.name),
+            error: Box::new(error),
+        })? {
             self.control.warn(warning);
         }
         Ok(manifest)
@@ -184,24 +201,14 @@ impl Run<'_> {
 
     /// The path of the image that the snapshot adds.
     fn overlay(&self, taken: &Taken) -> Result<PathBuf, BackupError> {
-        let vm = &self.record.name;
-        let live = &taken.volume.path;
-        // The old image of a plain disk file can only be renamed within its folder.
-        let dir = self.record.delta_dir.as_deref().filter(|_| taken.volume.target.is_some());
-        let dir = match dir {
-            Some(dir) => dir,
-            None if taken.block_device => {
-                let why = format!(
-                    "{} is a block device: say where its delta may lie, with `vm add --delta-dir`",
-                    live.display()
-                );
-                return Err(BackupError::refused(vm, why));
-            }
-            None => live.parent().unwrap_or_else(|| Path::new("/")),
+        let place = deltas::Place {
+            record: &self.record,
+            volume: &taken.volume,
+            block_device: taken.block_device,
+            live: &taken.volume.path,
         };
-        let id = self.backup.to_string();
-        let short = id.get(..8).unwrap_or(&id);
-        Ok(dir.join(format!("{vm}-{}-{short}.knib.qcow2", taken.volume.name)))
+        let path = place.overlay(&self.backup.to_string());
+        path.map_err(|why| BackupError::refused(&self.record.name, why))
     }
 
     #[allow(clippy::too_many_arguments)] // one caller
@@ -315,11 +322,21 @@ impl Run<'_> {
                     continue;
                 };
                 if taken.iter().any(|t| t.target == target) {
-                    disk.merges = merge::plan(&disk.frozen, chain, !plan.becomes_current, plan.end_of_chain);
+                    let held = deltas::held(&self.record, disk.volume);
+                    disk.merges =
+                        merge::plan(&disk.frozen, chain, !plan.becomes_current, plan.end_of_chain, &held);
                 }
             }
         })?;
         Ok(())
+    }
+
+    /// After a scan that failed: whether the checksums that it compared with are damaged, which is recorded.
+    fn stands_on_damage(&self, disk: &DiskName) -> Result<bool, BackupError> {
+        let scanned = before::method(&self.record) == Method::Scan;
+        let Some(volume) = self.record.volume(disk).filter(|_| scanned) else { return Ok(false) };
+        let history = self.store.backups(&self.record.name)?.manifests;
+        before::find_damaged_sums(self.store, &self.record, volume.id, &history)
     }
 
     fn stopped(&self) -> Result<(), BackupError> {
@@ -426,23 +443,34 @@ pub(super) fn undo(
     Ok(())
 }
 
-fn undo_disk(
+/// The overlay that a snapshot put on a disk and what it froze, top first, if it was put there.
+pub(crate) fn placed<'a>(
+    guest: &'a Guest,
+    target: &str,
+    overlay: &Path,
+) -> Option<(&'a ImageRef, &'a ImageRef)> {
+    let chain = &guest.volumes.iter().find(|v| v.target == target)?.chain;
+    let at = chain.iter().position(|i| i.path == overlay)?;
+    match guest.uuid {
+        Some(_) => chain.get(at).zip(chain.get(at + 1)),
+        // A plain disk file's overlay took the given path, and `overlay` is the old image.
+        None => chain.get(at.checked_sub(1)?).zip(chain.get(at)),
+    }
+}
+
+/// Takes an overlay of an interrupted snapshot out of its chain; what was written to it stays.
+pub(crate) fn undo_disk(
     hypervisor: &dyn Hypervisor,
     guest: &Guest,
     overlay: &NewOverlay,
     control: &OpControl<'_>,
 ) -> Result<(), BackupError> {
-    let chain = guest.volumes.iter().find(|v| v.target == overlay.target).map(|v| v.chain.as_slice());
-    let chain = chain.unwrap_or_default();
-    let at = chain.iter().position(|i| i.path == overlay.path);
-    // A plain disk file's overlay took the given path, and `overlay.path` is the old image; a domain's is the overlay.
-    let (top, base) = match (at, guest.uuid.is_some()) {
-        (Some(at), true) => (chain.get(at), chain.get(at + 1)),
-        (Some(at), false) => (at.checked_sub(1).and_then(|above| chain.get(above)), chain.get(at)),
-        (None, _) => (None, None),
-    };
-    if let (Some(top), Some(base)) = (top, base) {
-        merge::commit(hypervisor, &overlay.target, &top.path, &base.path, control)?;
+    if let Some((top, base)) = placed(guest, &overlay.target, &overlay.path) {
+        let (target, top, base) = (&overlay.target, &top.path, &base.path);
+        if !merge::commit(hypervisor, target, top, base, control)? {
+            let what = format!("{} does not stand on {} any more", top.display(), base.display());
+            return Err(StoreError::Invalid(what).into());
+        }
     }
     if guest.uuid.is_some() {
         merge::unlink(hypervisor, &overlay.path)?;

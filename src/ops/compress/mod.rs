@@ -4,17 +4,17 @@
 //! until then the old ones are kept under another name.
 
 use std::fs;
-use std::path::{Path, PathBuf};
-use std::sync::atomic::AtomicU64;
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use knib_fuse::FsError;
-use knib_qcow::{Chain, CompressionType, Control, FileStorage, Format, NewImage, PlainPaths, write_image};
+use knib_qcow::{Chain, Control, FileStorage, Format, NewImage, PlainPaths, write_image};
 
 mod finalize;
 mod slot;
 mod source;
 
+use super::codec::codec;
 use super::control::{Event, OpControl};
 use super::deadline::within;
 use super::disk_source::DiskSource;
@@ -22,17 +22,15 @@ use crate::failpoint;
 use crate::store::journal::{CompressOp, Journal, Swap};
 use crate::store::lease::{COMPRESSION, Lease};
 use crate::store::manifest::{BackupState, Compression, CompressionState, Disk, Kind, Manifest};
+pub(super) use crate::store::plain::swap_name as hidden;
 use crate::store::sums::{Sums, SumsCache, SumsWriter, strong};
 use crate::store::{
     BackupName, DiskName, Operation, Settings, Store, StoreError, StoreResult, VmName, atomic, disk_file,
 };
 use crate::verified::VerifiedReader;
 use slot::Slot;
-use source::{Own, Seen};
+use source::Own;
 
-/// Levels that cost little against reading and writing.
-const ZSTD_LEVEL: u32 = 3;
-const ZLIB_LEVEL: u32 = 6;
 /// Decoded records that are kept, in bytes.
 const SUMS_CACHE: usize = 8 << 20;
 
@@ -43,7 +41,7 @@ pub enum CompressError {
     #[error(transparent)]
     Store(#[from] StoreError),
     /// It cannot be compressed, or need not be.
-    #[error("{backup} is not compressed: {why}")]
+    #[error("{backup} cannot be compressed: {why}")]
     Refused {
         /// The backup.
         backup: String,
@@ -352,12 +350,6 @@ pub(super) fn files(store: &Store, vm: &VmName, backup: &BackupName, disk: &Disk
     [store.disk_path(vm, backup, disk), store.sums_path(vm, backup, disk)]
 }
 
-/// Its name while it is not, or no longer, the right one.
-pub(super) fn hidden(path: &Path, what: &str) -> PathBuf {
-    let name = path.file_name().unwrap_or_default().to_string_lossy();
-    path.with_file_name(format!(".{name}.{what}"))
-}
-
 struct Job<'a> {
     store: &'a Store,
     manifest: &'a Manifest,
@@ -401,14 +393,10 @@ impl<'a> Job<'a> {
             .map_err(|why| CompressError::Read { disk: disk.name.clone(), why })?;
         let source = Own { data, sums: self.old_sums(disk)?, disk };
         let parent = self.manifest.parent.as_ref().filter(|_| disk.kind == Kind::Incremental);
-        let (kind, level) = match self.library {
-            Compression::Zstd => (CompressionType::Zstd, ZSTD_LEVEL),
-            Compression::Zlib => (CompressionType::Deflate, ZLIB_LEVEL),
-        };
         let new = NewImage {
             size: disk.virtual_size,
             cluster_bits: disk.cluster_size.trailing_zeros(),
-            compression: Some(knib_qcow::Compression { kind, level }),
+            compression: Some(codec(self.library)),
             backing: parent.map(|p| (format!("../{}/{}", p.name, disk_file(&disk.name)), Format::Qcow2)),
         };
         let what = format!("compressing {}", disk.name);
@@ -421,19 +409,17 @@ impl<'a> Job<'a> {
             progress: &progress,
         };
         let sums = SumsWriter::create(&sums_path, new.cluster_bits, disk.virtual_size)?;
-        let seen = Seen { sums: &sums, compressed: AtomicU64::new(0) };
         let written =
-            write_image(FileStorage::create_new(&image).map_err(failed)?, &new, &source, &seen, &how)
+            write_image(FileStorage::create_new(&image).map_err(failed)?, &new, &source, &sums, &how)
                 .map_err(failed)?;
-        let compressed_clusters = seen.compressed.into_inner();
         let summary = sums.finish(written.file_len)?;
         (self.control.progress)(Event::End { what });
         Ok(Disk {
             file_size: written.file_len,
             data_clusters: written.clusters,
-            compressed_clusters,
+            compressed_clusters: written.compressed_clusters,
             zero_clusters: written.zero_clusters,
-            compression: Some(self.library).filter(|_| compressed_clusters > 0),
+            compression: Some(self.library).filter(|_| written.compressed_clusters > 0),
             sums_size: summary.len,
             sums_digest: summary.digest,
             ..disk.clone()

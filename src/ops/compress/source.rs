@@ -1,13 +1,11 @@
-//! What is compressed, and what is noted meanwhile.
+//! What is compressed.
 
-use std::sync::atomic::{AtomicU64, Ordering};
-
-use knib_qcow::{Observer, Place, Run, Source};
+use knib_qcow::{Run, Source};
 
 use crate::ops::disk_source::DiskSource;
 use crate::store::StoreResult;
 use crate::store::manifest::Disk;
-use crate::store::sums::{self, ClusterDigest, Sums, SumsWriter};
+use crate::store::sums::{self, Sums};
 
 /// Clusters that are handed to a worker at once.
 const RUN: u64 = 16;
@@ -46,34 +44,5 @@ impl Source for Own<'_> {
     fn read(&self, offset: u64, buf: &mut [u8]) -> knib_qcow::Result<()> {
         // Through the chain: for what the image itself holds that is the same, and every byte is checked.
         self.data.read(offset, buf)
-    }
-}
-
-/// Takes checksums and counts what was compressed.
-pub(super) struct Seen<'a> {
-    pub sums: &'a SumsWriter,
-    pub compressed: AtomicU64,
-}
-
-impl Observer for Seen<'_> {
-    type Digest = ClusterDigest;
-
-    fn keep(&self, cluster: u64, guest: &[u8]) -> bool {
-        self.sums.keep(cluster, guest)
-    }
-
-    fn digest(&self, cluster: u64, guest: &[u8], stored: &[u8]) -> ClusterDigest {
-        self.sums.digest(cluster, guest, stored)
-    }
-
-    fn stored(&self, cluster: u64, place: Place, digest: ClusterDigest) -> knib_qcow::Result<()> {
-        if matches!(place, Place::Compressed { .. }) {
-            self.compressed.fetch_add(1, Ordering::Relaxed);
-        }
-        self.sums.stored(cluster, place, digest)
-    }
-
-    fn metadata(&self, offset: u64, bytes: &[u8]) -> knib_qcow::Result<()> {
-        self.sums.metadata(offset, bytes)
     }
 }

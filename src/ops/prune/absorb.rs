@@ -4,29 +4,25 @@
 
 use std::fs;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 
-use knib_qcow::{
-    Chain, CompressionType, Control, FileStorage, Format, NewImage, Observer, Place, PlainPaths, write_image,
-};
+use knib_qcow::{Chain, Control, FileStorage, Format, NewImage, PlainPaths, write_image};
 
 use super::PruneError;
 use super::source::{Image, Together};
 use crate::chain::absorb::{Absorb, renumber};
 use crate::failpoint;
+use crate::ops::codec::codec;
 use crate::ops::compress::{files, hidden};
 use crate::ops::control::{Event, OpControl};
 use crate::ops::disk_source::DiskSource;
 use crate::ops::remove::decide::Known;
 use crate::store::journal::{Journal, Operation};
 use crate::store::journal_removal::AbsorbOp;
-use crate::store::manifest::{Compression, CompressionState, Disk, Kind, Manifest, Parent};
-use crate::store::sums::{ClusterDigest, Sums, SumsCache, SumsWriter, strong};
+use crate::store::manifest::{CompressionState, Disk, Kind, Manifest, Parent};
+use crate::store::sums::{Sums, SumsCache, SumsWriter, strong};
 use crate::store::{Store, StoreError, StoreResult, VmLock, VmName, atomic, disk_file};
 use crate::verified::VerifiedReader;
 
-const ZSTD_LEVEL: u32 = 3;
-const ZLIB_LEVEL: u32 = 6;
 /// Decoded records that are kept, in bytes.
 const SUMS_CACHE: usize = 16 << 20;
 
@@ -254,10 +250,8 @@ impl Job<'_> {
         let threads = std::thread::available_parallelism().map_or(2, std::num::NonZero::get).min(16);
         let how = Control { threads, rate_limit: None, cancel: self.control.cancel, progress: &progress };
         let sums = SumsWriter::create(&sums_path, new.cluster_bits, disk.virtual_size)?;
-        let seen = Seen { sums: &sums, compressed: AtomicU64::new(0) };
         let file = FileStorage::create_new(&image).map_err(failed)?;
-        let written = write_image(file, &new, &source, &seen, &how).map_err(failed)?;
-        let compressed_clusters = seen.compressed.into_inner();
+        let written = write_image(file, &new, &source, &sums, &how).map_err(failed)?;
         let summary = sums.finish(written.file_len)?;
         (self.control.progress)(Event::End { what });
         let reason = match onto {
@@ -272,9 +266,9 @@ impl Job<'_> {
             depth: if kind == Kind::Full { 1 } else { disk.depth },
             file_size: written.file_len,
             data_clusters: written.clusters,
-            compressed_clusters,
+            compressed_clusters: written.compressed_clusters,
             zero_clusters: written.zero_clusters,
-            compression: library.filter(|_| compressed_clusters > 0),
+            compression: library.filter(|_| written.compressed_clusters > 0),
             sums_size: summary.len,
             sums_digest: summary.digest,
             ..disk.clone()
@@ -331,41 +325,5 @@ impl Job<'_> {
         } else {
             Err(PruneError::Differs { backup: self.backup(), cluster: 0 })
         }
-    }
-}
-
-fn codec(library: Compression) -> knib_qcow::Compression {
-    match library {
-        Compression::Zstd => knib_qcow::Compression { kind: CompressionType::Zstd, level: ZSTD_LEVEL },
-        Compression::Zlib => knib_qcow::Compression { kind: CompressionType::Deflate, level: ZLIB_LEVEL },
-    }
-}
-
-/// Takes checksums and counts what was compressed.
-struct Seen<'a> {
-    sums: &'a SumsWriter,
-    compressed: AtomicU64,
-}
-
-impl Observer for Seen<'_> {
-    type Digest = ClusterDigest;
-
-    fn keep(&self, cluster: u64, guest: &[u8]) -> bool {
-        self.sums.keep(cluster, guest)
-    }
-
-    fn digest(&self, cluster: u64, guest: &[u8], stored: &[u8]) -> ClusterDigest {
-        self.sums.digest(cluster, guest, stored)
-    }
-
-    fn stored(&self, cluster: u64, place: Place, digest: ClusterDigest) -> knib_qcow::Result<()> {
-        if matches!(place, Place::Compressed { .. }) {
-            self.compressed.fetch_add(1, Ordering::Relaxed);
-        }
-        self.sums.stored(cluster, place, digest)
-    }
-
-    fn metadata(&self, offset: u64, bytes: &[u8]) -> knib_qcow::Result<()> {
-        self.sums.metadata(offset, bytes)
     }
 }

@@ -11,7 +11,7 @@ use super::remove::{self, RemoveError};
 use crate::chain::absorb::{Absorb, absorbs};
 use crate::chain::retention::{Keep, Reason, kept};
 use crate::chain::{Node, Removal, remove_all};
-use crate::store::manifest::Manifest;
+use crate::store::manifest::{BackupState, Manifest};
 use crate::store::{BackupId, BackupName, Backups, Store, StoreError, VmName, VmRecord};
 
 /// Why a VM was not pruned, or not to the end: what was done is whole.
@@ -168,13 +168,42 @@ pub fn run(
             ));
             continue;
         }
-        if dry_run || absorb::run(store, vm, &after, &step, &lock, control)? {
+        let absorbed = match dry_run {
+            true => Ok(true),
+            false => absorb::run(store, vm, &after, &step, &lock, control),
+        };
+        if absorbed.inspect_err(|_| show_again(store, vm, &ids, control))? {
             done.merged.push(merged);
         } else {
             done.notes.push(format!("{vm}/{} came into use, nothing was merged into it", merged.into));
         }
     }
     Ok(done)
+}
+
+/// After a merge that failed: what was hidden for it and is still there is listed again. It holds good data, and a
+/// person who looks at a list without it would think that it is lost.
+fn show_again(store: &Store, vm: &VmName, hidden: &[BackupId], control: &OpControl<'_>) {
+    let shown = store.backups(vm).and_then(|found| {
+        let mut hidden: Vec<Manifest> = found
+            .manifests
+            .into_iter()
+            .filter(|m| hidden.contains(&m.id) && m.state == BackupState::Removed)
+            .collect();
+        for manifest in &mut hidden {
+            manifest.state = BackupState::BackedUp;
+            store.save_manifest(manifest)?;
+        }
+        Ok(hidden)
+    });
+    match shown {
+        Ok(shown) if !shown.is_empty() => {
+            let names: Vec<BackupName> = shown.into_iter().map(|m| m.name).collect();
+            control.warn(format!("{vm}: {} stays, as it could not be merged", list(&names)));
+        }
+        Ok(_) => {}
+        Err(error) => control.warn(format!("what prune had hidden of {vm} stays hidden: {error}")),
+    }
 }
 
 fn look(store: &Store, record: &VmRecord, found: &Backups) -> Known {

@@ -6,7 +6,7 @@ use super::{Fate, How, RemoveError, Removed, op_of, put_back};
 use crate::failpoint;
 use crate::hypervisor::Hypervisor;
 use crate::ops::control::OpControl;
-use crate::ops::{deltas, hypervisor};
+use crate::ops::{deltas, whereabouts};
 use crate::store::journal::Journal;
 use crate::store::journal_removal::{Doomed, Named, RemoveStep};
 use crate::store::manifest::{BackupState, Manifest};
@@ -156,8 +156,10 @@ pub(in crate::ops) fn recover(
     }
     let mut record = store.vm(&vm)?;
     let merges = op.deltas.as_ref().is_some_and(|all| !all.is_empty());
-    let hypervisor =
-        merges.then(|| hypervisor::of(&record)).transpose().map_err(crate::ops::backup::BackupError::from)?;
+    let hypervisor = merges
+        .then(|| whereabouts::find(store, &mut record))
+        .transpose()
+        .map_err(crate::ops::backup::BackupError::from)?;
     let mut done = Removed::default();
     finish(store, &mut record, hypervisor.as_deref(), journal, &mut done, control)?;
     Ok(format!("an interrupted removal of backups of {vm} was finished"))

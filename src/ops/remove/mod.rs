@@ -14,7 +14,7 @@ pub use error::RemoveError;
 pub(super) use finish::recover;
 
 use super::control::OpControl;
-use super::{deltas, hypervisor};
+use super::{deltas, remove_vm, whereabouts};
 use crate::chain::Refusal;
 use crate::failpoint;
 use crate::hypervisor::Hypervisor;
@@ -92,7 +92,13 @@ pub fn run(
     }
     let mut done = Removed::default();
     for (part, _lock) in parts {
+        let vm = part.vm.clone();
         part.run(&mut done, control)?;
+        if remove_vm::forget_if_empty(store, &vm)? {
+            done.notes.push(format!(
+                "the VM {vm}, which was removed before, is forgotten: that was its last backup"
+            ));
+        }
     }
     Ok(done)
 }
@@ -159,7 +165,7 @@ impl Part<'_> {
             // A scan leaves nothing, so nobody needs to be asked.
             return Ok(Vec::new());
         }
-        let hypervisor = hypervisor::of(&self.record)?;
+        let hypervisor = whereabouts::find(self.store, &mut self.record)?;
         let planned = deltas::plan(&self.record, &hypervisor.inspect()?)?;
         self.hypervisor = Some(hypervisor);
         self.left_behind = deltas::left_behind(&self.record, &planned);

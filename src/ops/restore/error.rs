@@ -47,6 +47,12 @@ pub enum RestoreError {
     /// Stopped because the caller asked.
     #[error("nothing was restored; all is as it was before")]
     Cancelled,
+    /// The VM did not take the new volume.
+    #[error("{error}; the new volume was removed again, the VM is as it was")]
+    NotAttached {
+        /// Why not.
+        error: Box<RestoreError>,
+    },
     /// It was begun and can only be finished.
     #[error("{error}; {left}; run `knibfs recover`, which finishes it")]
     Unfinished {

@@ -182,6 +182,21 @@ pub(super) fn host(
     Ok((HostNow { name: name.into(), trouble: host_trouble(&found.uri), is_own }, Some(found.uri)))
 }
 
+/// The host that was asked for to start `record`'s VM on, and its URI.
+pub(super) fn asked_host(
+    store: &Store,
+    options: &Options,
+    record: &VmRecord,
+) -> Result<(Option<HostNow>, Option<String>), RestoreError> {
+    let Some(name) = &options.host else { return Ok((None, None)) };
+    let own = match &record.source {
+        Source::Domain { uri, .. } => Some(uri.as_str()),
+        Source::Disks { .. } => None,
+    };
+    let (host, uri) = host(store, name, own)?;
+    Ok((Some(host), uri))
+}
+
 /// The size that was asked for.
 pub(super) fn wanted(options: &Options, disk: &DiskName) -> Option<u64> {
     let of = |named: bool| {

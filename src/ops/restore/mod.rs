@@ -11,6 +11,7 @@ mod pull;
 mod quick;
 mod same_vm;
 mod swap;
+mod tpm;
 mod write;
 
 use std::path::{Path, PathBuf};
@@ -24,6 +25,7 @@ pub use same_vm::run as same_vm;
 use super::control::OpControl;
 use super::disk_source::DiskSource;
 use crate::failpoint;
+use crate::hypervisor::xml::errors::error_policy;
 use crate::store::journal::{Journal, Operation, Outcome};
 use crate::store::restore_op::{RestoreDisk, RestoreInto, RestoreOp, RestoreStep};
 use crate::store::vm::VmState;
@@ -139,10 +141,18 @@ fn carry_out(
     control: &OpControl<'_>,
 ) -> Result<Restored, RestoreError> {
     failpoint::hit("restore-planned");
-    if let Err(error) = write_all(&mut journal, sources, control) {
+    let written = mount(store, &mut journal).and_then(|()| write_all(&mut journal, sources, control));
+    if let Err(error) = written {
         return Err(give_up(store, journal, error, control));
     }
     forward(store, journal, left, control)
+}
+
+/// Mounts the store, for a quick restore. The journal is there first: a mount that nobody knows of would stay for ever.
+fn mount(store: &Store, journal: &mut Journal) -> Result<(), RestoreError> {
+    let Some(mount) = op(journal)?.mount.clone() else { return Ok(()) };
+    quick::mount(store)?;
+    Ok(journal.update_restore(|op| op.opened = quick::device(&mount))?)
 }
 
 /// Writes the new images and overwrites the devices. Files come first: they can be given up.
@@ -236,7 +246,12 @@ fn forward(
     if op(&journal)?.step <= RestoreStep::Swap {
         journal.update_restore(|op| op.step = RestoreStep::Swap)?;
         failpoint::hit("restore-swap");
-        swap::all(store, &mut journal, &firm)?;
+        if let Err(error) = swap::all(store, &mut journal, &firm) {
+            return Err(match swap::is_refused(op(&journal)?, &error) {
+                true => not_attached(store, journal, error),
+                false => error,
+            });
+        }
         failpoint::hit("restore-swapped");
         end_chain(store, &journal)?;
         save(store, &journal, op(&journal)?.mount.is_some())?;
@@ -266,6 +281,20 @@ fn forward(
         })
     });
     Ok(Restored { vm, backup: format!("{}/{}", done.of, done.name), volumes: volumes.collect(), left })
+}
+
+/// The VM does not get the new volume, and nothing of it is left.
+fn not_attached(store: &Store, journal: Journal, error: RestoreError) -> RestoreError {
+    let removed = op(&journal)
+        .and_then(|op| Ok(op.disks.iter().try_for_each(|disk| crate::store::atomic::remove(&disk.path))?))
+        .and_then(|()| undo(store, journal));
+    match removed {
+        Ok(()) => RestoreError::NotAttached { error: Box::new(error) },
+        Err(undo) => RestoreError::Unfinished {
+            error: Box::new(error),
+            left: format!("the new volume could not be removed: {undo}"),
+        },
+    }
 }
 
 /// Ends the journal, and takes the mount away where nothing else needs it.
@@ -329,7 +358,13 @@ pub fn recover(store: &Store, mut journal: Journal, control: &OpControl<'_>) -> 
         write_all(&mut journal, &sources, control)?;
     }
     control.step(format!("finishing the restore of {backup} to {vm}"));
-    forward(store, journal, Vec::new(), control)?;
+    match forward(store, journal, Vec::new(), control) {
+        Ok(_) => {}
+        Err(error @ RestoreError::NotAttached { .. }) => {
+            return Ok(format!("an interrupted restore of {backup} to {vm} was undone: {error}"));
+        }
+        Err(error) => return Err(error),
+    }
     Ok(format!("the restore of {backup} to {vm} was finished"))
 }
 
@@ -357,6 +392,14 @@ fn settle(record: &mut VmRecord, disk: &RestoreDisk, path: &Path) {
     }
 }
 
+/// What is to become of I/O errors when the mount is not needed any more: as `text` says it, which has the disks.
+fn keep_error_policies(disks: &mut [RestoreDisk], text: &str) {
+    for disk in disks {
+        let new = disk.model.as_ref().map(|disk| format!("<domain><devices>{disk}</devices></domain>"));
+        disk.errors = error_policy(new.as_deref().unwrap_or(text), &disk.target).unwrap_or_default();
+    }
+}
+
 /// The operation as the journal has it, with what every kind has in common.
 #[allow(clippy::too_many_arguments)] // three callers, all of this module
 fn planned(
@@ -375,9 +418,12 @@ fn planned(
         name,
         into,
         step: RestoreStep::Write,
-        mount,
         move_to,
         rate: options.rate,
+        flushing: false,
+        opened: None,
+        mount,
+        reopening: false,
         record,
         disks,
     }))

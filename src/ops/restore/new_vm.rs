@@ -2,16 +2,16 @@
 
 use std::path::{Path, PathBuf};
 
-use super::{Options, RestoreError, Restored, carry_out, fresh_name, look, planned, quick, short_id};
+use super::{Options, RestoreError, Restored, carry_out, fresh_name, look, planned, quick, short_id, tpm};
 use crate::chain::restore::{DiskNow, Into, Place, Restore, restore};
 use crate::failpoint;
-use crate::hypervisor::HypervisorError;
 use crate::hypervisor::xml::new::{new_domain, remove_disk};
 use crate::hypervisor::xml::{self, Fate};
+use crate::hypervisor::{HypervisorError, ImageRef};
 use crate::ops::control::OpControl;
 use crate::ops::hypervisor::{self, is_block};
 use crate::store::restore_op::{RestoreDisk, RestoreInto, RestoreOp};
-use crate::store::vm::{Source, Tracking, VmState, Volume};
+use crate::store::vm::{Source, VmState, Volume};
 use crate::store::{
     BackupSpec, Manifest, Store, StoreError, StoreResult, VmId, VmName, VmRecord, VolumeId, atomic,
 };
@@ -76,7 +76,7 @@ pub fn run(
         room: Vec::new(),
     };
     restore(&asked)?;
-    let (disks, record) = plan(&manifest, record, options)?;
+    let (mut disks, record) = plan(&manifest, record, options)?;
     let mut wanted = Vec::new();
     for (disk, source) in disks.iter().zip(&sources) {
         let folder = disk.path.parent().unwrap_or(&disk.path).to_path_buf();
@@ -89,11 +89,14 @@ pub fn run(
             let why = format!("there is a domain of that name at {uri}: choose another");
             return Err(RestoreError::cannot(name, why));
         }
-        for dropped in definition(store, &manifest, &record, &disks, None)?.1 {
+        super::keep_error_policies(&mut disks, &old_definition(store, &manifest)?.1);
+        let (text, left_out) = definition(store, &manifest, &record, &disks, None)?;
+        tpm::refuse_taken(&store.backup_dir(&manifest.vm, &manifest.name), &text)?;
+        for dropped in left_out {
             control.warn(format!("the new VM does not get the disk {dropped}, which is not in the backup"));
         }
     }
-    let mount = if options.quick { Some(quick::mount(store)?) } else { None };
+    let mount = options.quick.then(|| quick::place(store));
     let operation = planned(RestoreInto::NewVm, &manifest, options, mount, None, record.clone(), disks);
     // Before the record: a VM without a journal would be one that nobody cleans up.
     let journal = store.begin(name, operation)?;
@@ -125,18 +128,7 @@ fn blank(
     };
     // As the VM that it comes from, where that is known still.
     let offering = store.vm(&manifest.vm).ok().and_then(|old| old.offering);
-    Ok(VmRecord {
-        id: VmId::random(),
-        name: name.clone(),
-        source,
-        volumes: Vec::new(),
-        offering,
-        exclude: Vec::new(),
-        delta_dir: None,
-        next_sequence: 1,
-        state: VmState::Ready,
-        tracking: Tracking::default(),
-    })
+    Ok(VmRecord { offering, ..VmRecord::new(VmId::random(), name.clone(), source) })
 }
 
 fn plan(
@@ -177,11 +169,19 @@ fn plan(
             size: look::wanted(options, &disk.name).unwrap_or(disk.virtual_size),
             drop: Vec::new(),
             model: None,
+            errors: Default::default(),
             access: None,
             outcome: Default::default(),
         });
     }
     Ok((disks, record))
+}
+
+/// The definition in the backup, and where that lies.
+fn old_definition(store: &Store, of: &Manifest) -> Result<(PathBuf, String), StoreError> {
+    let path = store.backup_dir(&of.vm, &of.name).join("domain.xml");
+    let text = std::fs::read_to_string(&path).map_err(StoreError::io("read", &path))?;
+    Ok((path, text))
 }
 
 /// The definition, and the disks of the old one that are left out: whoever has the backup must not share them.
@@ -193,8 +193,7 @@ fn definition(
     op: Option<&RestoreOp>,
 ) -> Result<(String, Vec<String>), RestoreError> {
     let folder = store.backup_dir(&of.vm, &of.name);
-    let path = folder.join("domain.xml");
-    let old = std::fs::read_to_string(&path).map_err(StoreError::io("read", &path))?;
+    let (path, old) = old_definition(store, of)?;
     let bad = |why: String| RestoreError::cannot(&record.name, format!("{} {why}", path.display()));
     let parsed = xml::parse(&old).map_err(bad)?;
     let nvram = nvram_path(&folder, &record.name, parsed.nvram.as_deref());
@@ -215,13 +214,14 @@ fn definition(
             }
             continue;
         };
-        let chain = match op {
-            Some(op) => super::swap::place(op, restored, &restored.path).chain,
-            None => {
-                vec![crate::hypervisor::ImageRef { path: restored.path.clone(), format: restored.format }]
-            }
+        let (chain, errors) = match op.map(|op| super::swap::place(op, restored, &restored.path)) {
+            Some(place) => (place.chain, place.errors),
+            None => (vec![ImageRef { path: restored.path.clone(), format: restored.format }], None),
         };
         new = xml::set_disk(&new, &disk.target, &chain, &is_block).map_err(bad)?;
+        if let Some(policy) = errors {
+            new = xml::errors::set_error_policy(&new, &disk.target, &policy).map_err(bad)?;
+        }
     }
     if let Some(lost) = disks.iter().find(|d| parsed.disks.iter().all(|p| p.target != d.target)) {
         return Err(bad(format!("has no disk {}", lost.target)));
@@ -235,7 +235,7 @@ fn nvram_path(backup: &Path, name: &VmName, old: Option<&Path>) -> Option<PathBu
     Some(folder.join(format!("{name}_VARS.fd")))
 }
 
-/// Gives the new VM its firmware's variables and its definition.
+/// Gives the new VM its firmware's variables, the state of its TPM and its definition.
 pub(super) fn define(store: &Store, planned: &RestoreOp) -> Result<(), RestoreError> {
     let Source::Domain { uri, .. } = &planned.record.source else { return Ok(()) };
     match hypervisor::of(&planned.record) {
@@ -252,6 +252,7 @@ pub(super) fn define(store: &Store, planned: &RestoreOp) -> Result<(), RestoreEr
         let bytes = std::fs::read(&saved).map_err(StoreError::io("read", &saved))?;
         atomic::write(&nvram, &bytes, 0o600)?;
     }
+    tpm::copy(&store.backup_dir(&planned.of, &planned.name), &old_definition(store, &manifest)?.1, &text)?;
     hypervisor::define(uri, &text)?;
     failpoint::hit("restore-defined");
     Ok(())

@@ -5,7 +5,8 @@ use crate::chain::restore::{DiskNow, Into, Place, Restore, restore};
 use crate::hypervisor::xml::new::{Likeness, free_target, new_disk, targets};
 use crate::hypervisor::{Guest, ImageRef};
 use crate::ops::control::OpControl;
-use crate::ops::hypervisor::{self, is_block, target};
+use crate::ops::hypervisor::{is_block, target};
+use crate::ops::whereabouts;
 use crate::store::manifest::{Disk, Manifest};
 use crate::store::restore_op::{RestoreDisk, RestoreInto};
 use crate::store::vm::{Source, VmState, Volume};
@@ -27,7 +28,7 @@ pub fn run(
     let named = format!("{}/{}", spec.backup, spec.disk);
     let _lock = store.lock_vm(to, &format!("restore-volume {named} --to {to}"))?;
     super::refuse_unfinished(store, to)?;
-    let record = store.vm(to)?;
+    let mut record = store.vm_in_care(to)?;
     // Nothing else works on the backup while the lease is taken; afterwards the lease protects it.
     let other = (spec.backup.vm != *to)
         .then(|| store.lock_vm(&spec.backup.vm, &format!("restore-volume {named} --to {to}")))
@@ -45,22 +46,12 @@ pub fn run(
         *name = Some(disk.name.clone());
     }
     super::check_options(store, &options, &manifest)?;
-    let hypervisor = hypervisor::of(&record)?;
+    let hypervisor = whereabouts::find(store, &mut record)?;
     let guest = hypervisor.inspect()?;
     let reader = VerifiedReader::new(store.clone(), "a restore");
     let (backup, sources) = look::backup(store, &reader, &manifest, Some(&disk.name));
     let wanted = look::wanted(&options, &disk.name);
-    let (host, uri) = match &options.host {
-        Some(name) => {
-            let own = match &record.source {
-                Source::Domain { uri, .. } => Some(uri.as_str()),
-                Source::Disks { .. } => None,
-            };
-            let (host, uri) = look::host(store, name, own)?;
-            (Some(host), uri)
-        }
-        None => (None, None),
-    };
+    let (host, uri) = look::asked_host(store, &options, &record)?;
     let mut asked = Restore {
         into: Into::NewVolume,
         quick: options.quick,
@@ -78,14 +69,15 @@ pub fn run(
         room: Vec::new(),
     };
     restore(&asked)?;
-    let (new, after) = plan(store, &record, &guest, &manifest, disk, &options)?;
+    let (mut new, after) = plan(store, &record, &guest, &manifest, disk, &options)?;
     if let Some(source) = sources.first() {
         let folder = new.path.parent().unwrap_or(&new.path).to_path_buf();
         let bytes = look::data(source).map_err(|e| RestoreError::write(&new.path, e))?;
         asked.room = look::room(&[(folder, bytes)])?;
         restore(&asked)?;
     }
-    let mount = if options.quick { Some(quick::mount(store)?) } else { None };
+    super::keep_error_policies(std::slice::from_mut(&mut new), &guest.xml);
+    let mount = options.quick.then(|| quick::place(store));
     let move_to = uri.filter(|_| asked.host.as_ref().is_some_and(|h| !h.is_own));
     let operation = planned(RestoreInto::NewVolume, &manifest, &options, mount, move_to, after, vec![new]);
     let journal = store.begin(to, operation)?;
@@ -157,6 +149,7 @@ fn plan(
         block_device: false,
         detached: false,
     });
+    after.tracking.restored.insert(volume, format!("{}/{}", manifest.vm, manifest.name));
     let new = RestoreDisk {
         from: disk.name.clone(),
         volume,
@@ -168,6 +161,7 @@ fn plan(
         size,
         drop: Vec::new(),
         model,
+        errors: Default::default(),
         access: None,
         outcome: Default::default(),
     };

@@ -70,7 +70,13 @@ pub(super) fn offline(
         set_backing(path, None, None).map_err(failed)?;
     }
     failpoint::hit("restore-flat");
-    hypervisor.place(&[DiskPlace { target: target.to_owned(), chain: vec![live.clone()], model: None }])?;
+    let place = DiskPlace {
+        target: target.to_owned(),
+        chain: vec![live.clone()],
+        model: None,
+        errors: Some(disk.errors.clone()),
+    };
+    hypervisor.place(&[place])?;
     Ok(true)
 }
 

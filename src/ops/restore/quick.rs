@@ -20,9 +20,15 @@ use crate::store::{Store, StoreError, VmName};
 const LIBVIRT_BACK: Duration = Duration::from_secs(60);
 const LOOK: Duration = Duration::from_millis(500);
 
-/// Mounts the store where VMs can run on it, if it is not; the folder. It outlives this program.
-pub(super) fn mount(store: &Store) -> Result<PathBuf, RestoreError> {
-    let folder = store.state_dir().join("mnt");
+/// Where the store is mounted for VMs to run on it.
+pub(super) fn place(store: &Store) -> PathBuf {
+    store.state_dir().join("mnt")
+}
+
+/// Mounts the store where VMs can run on it, if it is not. The mount outlives this program; the journal says already that it
+/// is needed.
+pub(super) fn mount(store: &Store) -> Result<(), RestoreError> {
+    let folder = place(store);
     let failed = |why: String| RestoreError::Mount { path: folder.clone(), why };
     std::fs::create_dir_all(&folder)
         .or_else(|e| if e.kind() == std::io::ErrorKind::AlreadyExists { Ok(()) } else { Err(e) })
@@ -30,7 +36,7 @@ pub(super) fn mount(store: &Store) -> Result<PathBuf, RestoreError> {
         .map_err(|e| failed(e.to_string()))?;
     match MountPoint::check(&folder, store.root()) {
         Ok(_) => {}
-        Err(PlaceError::Mounted(_)) => return Ok(folder),
+        Err(PlaceError::Mounted(_)) => return Ok(()),
         Err(e) => return Err(failed(e.to_string())),
     }
     let program = std::env::current_exe().map_err(|e| failed(e.to_string()))?;
@@ -51,7 +57,7 @@ pub(super) fn mount(store: &Store) -> Result<PathBuf, RestoreError> {
         let said = String::from_utf8_lossy(&output.stderr);
         return Err(failed(said.trim().trim_start_matches("knibfs: ").to_owned()));
     }
-    Ok(folder)
+    Ok(())
 }
 
 /// `ENOTCONN`: the server of a mount is dead.
@@ -95,7 +101,13 @@ pub(super) fn finish(
         if op(journal)?.disks.get(at).is_none_or(|d| d.outcome == Outcome::Done) {
             continue;
         }
-        one(store, op(journal)?, at, control).map_err(|e| unfinished(&vm, e))?;
+        one(store, journal, at, control).map_err(|e| unfinished(&vm, e))?;
+        flush(journal, at).map_err(|e| unfinished(&vm, e))?;
+        let planned = op(journal)?;
+        if let Some(disk) = planned.disks.get(at) {
+            let hypervisor = super::swap::hypervisor_of(planned)?;
+            hypervisor.set_error_policy(&disk.target, &disk.errors).map_err(|e| unfinished(&vm, e.into()))?;
+        }
         failpoint::hit("restore-pulled");
         journal.update_restore(|op| {
             if let Some(disk) = op.disks.get_mut(at) {
@@ -104,6 +116,25 @@ pub(super) fn finish(
         })?;
     }
     Ok(trouble)
+}
+
+/// Makes what was pulled last. The journal says so first: a crash must not leave the guest stopped.
+fn flush(journal: &mut Journal, at: usize) -> Result<(), RestoreError> {
+    let planned = op(journal)?.clone();
+    let hypervisor = super::swap::hypervisor_of(&planned)?;
+    if planned.flushing {
+        hypervisor.resume()?;
+    }
+    let guest = hypervisor.inspect()?;
+    let Some(disk) = planned.disks.get(at).filter(|_| guest.power != Power::Off) else {
+        return Ok(());
+    };
+    let volume = crate::hypervisor::volume(&guest, &disk.target)?;
+    let Some(live) = volume.chain.first() else { return Ok(()) };
+    journal.update_restore(|op| op.flushing = guest.power == Power::Running)?;
+    hypervisor.flush(&live.path)?;
+    journal.update_restore(|op| op.flushing = false)?;
+    Ok(())
 }
 
 fn unfinished(vm: &VmName, error: RestoreError) -> RestoreError {
@@ -124,17 +155,17 @@ fn start(store: &Store, journal: &mut Journal, control: &OpControl<'_>) -> Resul
     let planned = op(journal)?.clone();
     let Some(uri) = &planned.move_to else {
         control.step(format!("starting {}", planned.record.name));
-        return Ok(hypervisor::of(&planned.record)?.start()?);
+        return switch_on(journal, &*hypervisor::of(&planned.record)?);
     };
     control.step(format!("starting {} at {uri}", planned.record.name));
     let there = match hypervisor::of(&planned.record) {
         Ok(here) => {
             let there = here.copy_to(uri)?;
             failpoint::hit("restore-copied");
-            if let Err(error) = there.start() {
+            if let Err(error) = switch_on(journal, &*there) {
                 // It stays where it was.
                 there.undefine()?;
-                return Err(error.into());
+                return Err(error);
             }
             here.undefine()?;
             failpoint::hit("restore-moved");
@@ -144,7 +175,7 @@ fn start(store: &Store, journal: &mut Journal, control: &OpControl<'_>) -> Resul
         Err(HypervisorError::NoSuchDomain { .. }) => hypervisor::domain(uri, &planned.record.id.to_string())?,
         Err(error) => return Err(error.into()),
     };
-    there.start()?;
+    switch_on(journal, &*there)?;
     journal.update_restore(|op| {
         op.move_to = None;
         if let Source::Domain { uri: own, .. } = &mut op.record.source {
@@ -154,13 +185,24 @@ fn start(store: &Store, journal: &mut Journal, control: &OpControl<'_>) -> Resul
     super::save(store, journal, true)
 }
 
+/// Starts it if it is off, and notes on which mount. A VM that ran already may have its images open on one that is gone.
+fn switch_on(journal: &mut Journal, hypervisor: &dyn Hypervisor) -> Result<(), RestoreError> {
+    if hypervisor.inspect()?.power == Power::Off {
+        let opened = op(journal)?.mount.as_deref().and_then(device);
+        journal.update_restore(|op| op.opened = opened)?;
+        hypervisor.start()?;
+    }
+    Ok(())
+}
+
 /// It could not be started on another host: it stays on its own.
 fn stay(journal: &mut Journal) -> Result<(), StoreError> {
     journal.update_restore(|op| op.move_to = None)
 }
 
 /// Pulls one disk, whatever the guest does meanwhile.
-fn one(store: &Store, planned: &RestoreOp, at: usize, control: &OpControl<'_>) -> Result<(), RestoreError> {
+fn one(store: &Store, journal: &mut Journal, at: usize, control: &OpControl<'_>) -> Result<(), RestoreError> {
+    let planned = op(journal)?.clone();
     let (Some(disk), Some(mount)) = (planned.disks.get(at), planned.mount.as_deref()) else { return Ok(()) };
     let what = format!("pulling {}", disk.target);
     let begun = std::sync::atomic::AtomicBool::new(false);
@@ -176,7 +218,7 @@ fn one(store: &Store, planned: &RestoreOp, at: usize, control: &OpControl<'_>) -
         if control.is_cancelled() {
             return Err(RestoreError::Cancelled);
         }
-        let step = look(store, planned, disk.target.as_str(), mount, &job, control);
+        let step = look(store, journal, disk.target.as_str(), mount, &job, control);
         match step {
             Ok(true) => break,
             Ok(false) => {}
@@ -202,37 +244,73 @@ fn still(lost: &mut Option<Instant>) -> bool {
 /// One attempt; whether all is pulled.
 fn look(
     store: &Store,
-    planned: &RestoreOp,
+    journal: &mut Journal,
     target: &str,
     mount_point: &Path,
     job: &JobControl<'_>,
     control: &OpControl<'_>,
 ) -> Result<bool, RestoreError> {
-    let hypervisor: Arc<dyn Hypervisor> = super::swap::hypervisor_of(planned)?;
-    // Also when the server of the mount died: whoever looks at a chain looks into it.
-    let mounted_anew = revive(store, mount_point)?;
-    let guest = hypervisor.inspect()?;
+    let planned = op(journal)?.clone();
+    let hypervisor: Arc<dyn Hypervisor> = super::swap::hypervisor_of(&planned)?;
+    // What a crash or a reboot took away is mounted again, for a VM that is off too: whoever looks at a chain looks into it.
+    mount(store)?;
+    let mut guest = hypervisor.inspect()?;
+    if planned.reopening {
+        if guest.power == Power::Off && guest.managed_save {
+            switch_on(journal, &*hypervisor)?;
+            guest = hypervisor.inspect()?;
+        }
+        // One that runs may have been started, or not have been saved: it opens them once more.
+        journal.update_restore(|op| op.reopening = false)?;
+    }
     if guest.power == Power::Off {
         let volume = crate::hypervisor::volume(&guest, target)?;
         let Some(live) = volume.chain.first() else { return Ok(true) };
-        return pull::offline(store, planned, target, live, mount_point, &*hypervisor, job);
+        return pull::offline(store, &planned, target, live, mount_point, &*hypervisor, job);
     }
-    if mounted_anew {
-        control
-            .step(format!("{} runs on a mount that died: its images are opened anew", planned.record.name));
-        hypervisor.reopen()?;
-    }
+    open_anew(journal, &*hypervisor, mount_point, control)?;
+    go_on(&planned, &*hypervisor, control)?;
     match hypervisor.pull(target, mount_point, job)? {
-        Pulled::Done => Ok(true),
+        Pulled::Done => go_on(&planned, &*hypervisor, control).map(|()| true),
         Pulled::Off => Ok(false),
     }
 }
 
-/// Mounts again what a crash or a reboot took away; whether it did.
-fn revive(store: &Store, folder: &Path) -> Result<bool, RestoreError> {
-    let before = is_served(folder);
-    mount(store)?;
-    Ok(!before)
+/// Lets a VM that had its images open on a mount that is gone open them on the one that is there.
+fn open_anew(
+    journal: &mut Journal,
+    hypervisor: &dyn Hypervisor,
+    mount_point: &Path,
+    control: &OpControl<'_>,
+) -> Result<(), RestoreError> {
+    let now = device(mount_point);
+    if op(journal)?.opened.is_none_or(|opened| Some(opened) == now) {
+        return Ok(());
+    }
+    let vm = &journal.entry().vm;
+    control.step(format!("{vm} runs on a mount that died: its images are opened anew"));
+    journal.update_restore(|op| op.reopening = true)?;
+    hypervisor.reopen()?;
+    journal.update_restore(|op| (op.reopening, op.opened) = (false, now))?;
+    Ok(())
+}
+
+/// A VM that could not read its disks was paused, and goes on now that it can.
+fn go_on(
+    planned: &RestoreOp,
+    hypervisor: &dyn Hypervisor,
+    control: &OpControl<'_>,
+) -> Result<(), RestoreError> {
+    if hypervisor.resume_after_error()? {
+        control.step(format!("{} was paused by an I/O error: it goes on", planned.record.name));
+    }
+    Ok(())
+}
+
+/// Device number of what is mounted there. Another mount has another one as long as a QEMU has files of the first open.
+pub(super) fn device(folder: &Path) -> Option<u64> {
+    use std::os::unix::fs::MetadataExt as _;
+    std::fs::metadata(folder).ok().map(|m| m.dev())
 }
 
 fn is_served(folder: &Path) -> bool {

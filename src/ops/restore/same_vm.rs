@@ -8,7 +8,8 @@ use crate::chain::restore::{Action, DiskNow, Into, Place, Restore, restore};
 use crate::hypervisor::xml::new::{Likeness, free_target, new_disk, targets};
 use crate::hypervisor::{Guest, ImageRef, Power};
 use crate::ops::control::OpControl;
-use crate::ops::hypervisor::{self, is_block, target};
+use crate::ops::hypervisor::{is_block, target};
+use crate::ops::{detached, whereabouts};
 use crate::store::manifest::{Disk, ImageFormat, Manifest};
 use crate::store::restore_op::{RestoreDisk, RestoreInto};
 use crate::store::vm::{Source, VmState, Volume};
@@ -30,7 +31,7 @@ pub fn run(
     let _lock = store.lock_vm(vm, &format!("restore {spec}"))?;
     super::refuse_unfinished(store, vm)?;
     // Read again under the lock.
-    let record = store.vm(vm)?;
+    let mut record = store.vm_in_care(vm)?;
     let manifest = store.resolve(spec)?;
     super::check_options(store, options, &manifest)?;
     let is_files = matches!(record.source, Source::Disks { .. });
@@ -39,7 +40,7 @@ pub fn run(
         return Err(RestoreError::cannot(vm, why));
     }
     let _lease = store.lease(manifest.id, &format!("restore of {vm}"))?;
-    let hypervisor = hypervisor::of(&record)?;
+    let hypervisor = whereabouts::find(store, &mut record)?;
     let guest = hypervisor.inspect()?;
     let reader = VerifiedReader::new(store.clone(), "a restore");
     let (backup, sources) = look::backup(store, &reader, &manifest, None);
@@ -49,13 +50,18 @@ pub fn run(
     for disk in &manifest.disks {
         let volume = record.volumes.iter().find(|v| v.id == disk.volume);
         let lies = volume.and_then(|v| Some((v, look::lies(&record, &guest, v)?)));
-        let (others, snapshots) = match &lies {
+        let (others, mut snapshots) = match &lies {
             // One that runs is refused for that, and holds its images by right.
             Some((volume, lies)) if guest.power == Power::Off => {
                 look::users(store, &record, &guest, &*hypervisor, &target(volume), lies)?
             }
             _ => Default::default(),
         };
+        let known = volume.into_iter().flat_map(|v| record.snapshots_of(v.id));
+        snapshots.extend(known.map(|s| s.name.to_string()));
+        // One is found with each of its images.
+        snapshots.sort();
+        snapshots.dedup();
         let wanted = look::wanted(options, &disk.name);
         let own = lies.as_ref().and_then(|(_, l)| l.own()).map(|l| l.image.clone());
         let place = match own {
@@ -76,17 +82,7 @@ pub fn run(
         });
         found.push(lies.map(|(_, lies)| lies));
     }
-    let (host, uri) = match &options.host {
-        Some(name) => {
-            let own = match &record.source {
-                Source::Domain { uri, .. } => Some(uri.as_str()),
-                Source::Disks { .. } => None,
-            };
-            let (host, uri) = look::host(store, name, own)?;
-            (Some(host), uri)
-        }
-        None => (None, None),
-    };
+    let (host, uri) = look::asked_host(store, options, &record)?;
     let mut asked = Restore {
         into: Into::SameVm,
         quick: options.quick,
@@ -98,6 +94,7 @@ pub fn run(
     };
     // What can be refused without a look at all data is refused before it.
     let actions = restore(&asked)?;
+    detached::settle(store, &mut record, &guest, &*hypervisor, control)?;
     let plan = Plan { record: &record, guest: &guest, manifest: &manifest, options };
     let mut volumes = plan.disks(&found, &actions)?;
     let mut wanted = Vec::new();
@@ -119,7 +116,8 @@ pub fn run(
     for name in &left {
         control.step(format!("{name} stays as it is: the backup does not know it"));
     }
-    let mount = if options.quick { Some(quick::mount(store)?) } else { None };
+    super::keep_error_policies(&mut volumes, &guest.xml);
+    let mount = options.quick.then(|| quick::place(store));
     let after = plan.record_after(&volumes);
     let in_place = volumes.iter().any(|d| d.in_place);
     let move_to = uri.filter(|_| asked.host.as_ref().is_some_and(|h| !h.is_own));
@@ -157,6 +155,7 @@ impl Plan<'_> {
                 size: wanted,
                 drop: Vec::new(),
                 model: None,
+                errors: Default::default(),
                 access: None,
                 outcome: Default::default(),
             };
@@ -288,6 +287,8 @@ impl Plan<'_> {
         record.state = VmState::Ready;
         for disk in disks {
             record.tracking.volumes.remove(&disk.volume);
+            let from = format!("{}/{}", self.manifest.vm, self.manifest.name);
+            record.tracking.restored.insert(disk.volume, from);
             let serial = self.guest.volumes.iter().find(|v| v.target == disk.target);
             let after = Volume {
                 id: disk.volume,

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use super::{RestoreError, new_vm, op, raw_view, settle};
 use crate::failpoint;
-use crate::hypervisor::{DiskPlace, Hypervisor, HypervisorError, ImageFormat, ImageRef};
+use crate::hypervisor::{DiskPlace, ErrorPolicy, Hypervisor, HypervisorError, ImageFormat, ImageRef};
 use crate::ops::backup::merge::unlink;
 use crate::ops::control::OpControl;
 use crate::ops::hypervisor::{self, same_file};
@@ -35,6 +35,20 @@ pub(super) fn all(store: &Store, journal: &mut Journal, control: &OpControl<'_>)
         }
     }
     drop_old(&*hypervisor, &planned, control)
+}
+
+/// Whether the VM was asked to take a new volume, and has it neither in this run nor in the next: that can be undone.
+pub(super) fn is_refused(planned: &RestoreOp, error: &RestoreError) -> bool {
+    if planned.into != RestoreInto::NewVolume || !matches!(error, RestoreError::Hypervisor(_)) {
+        return false;
+    }
+    let Ok(guest) = hypervisor::of(&planned.record).and_then(|h| h.inspect()) else { return false };
+    let skipped = guest.skipped.iter().chain(&guest.refused).map(|d| &d.target);
+    let now: Vec<&String> = guest.volumes.iter().map(|v| &v.target).chain(skipped).collect();
+    let next = crate::hypervisor::xml::new::targets(&guest.xml).unwrap_or_default();
+    // What it cannot be asked about may be there.
+    !guest.xml.is_empty()
+        && planned.disks.iter().all(|d| !now.contains(&&d.target) && !next.contains(&d.target))
 }
 
 /// Nobody has any of these files open, and each name has its old or its new image at every moment.
@@ -155,7 +169,9 @@ pub(super) fn place(planned: &RestoreOp, disk: &RestoreDisk, path: &Path) -> Dis
     if let Some(mount) = &planned.mount {
         chain.push(ImageRef { path: raw_view(mount, planned, disk), format: ImageFormat::Raw });
     }
-    DiskPlace { target: disk.target.clone(), chain, model: disk.model.clone() }
+    // A guest on the mount must not see it go.
+    let errors = planned.mount.as_ref().map(|_| ErrorPolicy::stop());
+    DiskPlace { target: disk.target.clone(), chain, model: disk.model.clone(), errors }
 }
 
 /// The VM that has, or will have, the volumes.

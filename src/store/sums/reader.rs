@@ -13,7 +13,7 @@ use super::format::{ENTRY_LEN, Entry, Fields, HEADER_LEN, Header, Span, clusters
 use super::host::Metadata;
 use super::writer::digest;
 use super::{Record, Region, SumsCache};
-use crate::store::{StoreError, StoreResult};
+use crate::store::{StoreError, StoreResult, plain};
 
 /// An opened sums file. Cheap to share; reads from many threads at once.
 #[derive(Debug)]
@@ -47,10 +47,7 @@ impl Sums {
     /// Opens a file and checks its header and directory.
     pub fn open(path: &Path, cache: Arc<SumsCache>) -> StoreResult<Self> {
         static NUMBERS: AtomicU64 = AtomicU64::new(0);
-        let file = File::open(path).map_err(|e| match e.kind() {
-            std::io::ErrorKind::NotFound => StoreError::damaged(path, "it is missing"),
-            _ => StoreError::io("open", path)(e),
-        })?;
+        let file = plain::open(path)?;
         let len = file.metadata().map_err(StoreError::io("look at", path))?.len();
         let damaged = |what: String| StoreError::damaged(path, what);
         if len < HEADER_LEN as u64 {

@@ -1,6 +1,6 @@
 //! A store and a VM of plain disk files, worked on by the real program, and by its library where only the state matters.
-#![allow(dead_code)]
 
+use std::ops::Deref;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 use std::sync::atomic::AtomicBool;
@@ -11,12 +11,23 @@ use knibfs::ops::{check, recover, remove};
 use knibfs::store::manifest::BackupState;
 use knibfs::store::{Manifest, Store, VmName, VmRecord};
 
-pub struct Lab {
+use super::lab::{Lab, tool};
+
+pub struct DiskLab {
     pub dir: tempfile::TempDir,
+    lab: Lab,
     format: &'static str,
 }
 
-impl Lab {
+impl Deref for DiskLab {
+    type Target = Lab;
+
+    fn deref(&self) -> &Lab {
+        &self.lab
+    }
+}
+
+impl DiskLab {
     /// A VM `web1` with one disk of 16 MiB, the first MiB written: qcow2 for `overlay`, raw for `scan`.
     pub fn new(track: &str) -> Self {
         let lab = Self::empty(if track == "overlay" { "qcow2" } else { "raw" });
@@ -26,7 +37,8 @@ impl Lab {
     }
 
     fn empty(format: &'static str) -> Self {
-        Self { dir: tempfile::Builder::new().prefix("knibfs-lab").tempdir().unwrap(), format }
+        let dir = tempfile::Builder::new().prefix("knibfs-lab").tempdir().unwrap();
+        Self { lab: Lab::at(dir.path()), dir, format }
     }
 
     /// The store once more; its VMs' disks are the same.
@@ -45,10 +57,6 @@ impl Lab {
         self.ok(&["vm", "add", vm, "--track", track, "--disk", &format!("root={}", disk.display())]);
     }
 
-    pub fn path(&self, name: &str) -> PathBuf {
-        self.dir.path().join(name)
-    }
-
     pub fn disk(&self, vm: &str) -> PathBuf {
         self.path(&format!("{vm}.img"))
     }
@@ -61,25 +69,8 @@ impl Lab {
         Store::open(&self.path("store")).unwrap().with_state_dir(self.path("state"))
     }
 
-    pub fn command(&self, arguments: &[&str]) -> Command {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_knibfs"));
-        command
-            .args(arguments)
-            .env("KNIBFS_STORE", self.path("store"))
-            .env("KNIBFS_STATE_DIR", self.path("state"));
-        command
-    }
-
     pub fn run(&self, arguments: &[&str]) -> Output {
         self.command(arguments).output().unwrap()
-    }
-
-    /// Standard output of a command that must succeed.
-    pub fn ok(&self, arguments: &[&str]) -> String {
-        let output = self.run(arguments);
-        let errors = String::from_utf8_lossy(&output.stderr);
-        assert_eq!(output.status.code(), Some(0), "{arguments:?}: {errors}");
-        String::from_utf8(output.stdout).unwrap().trim().to_owned()
     }
 
     /// Standard error of a command that must fail.
@@ -205,15 +196,4 @@ impl Lab {
 pub fn quietly<T>(run: impl FnOnce(&OpControl<'_>) -> T) -> T {
     let cancel = AtomicBool::new(false);
     run(&OpControl { cancel: &cancel, progress: &|_| {} })
-}
-
-pub fn tool(program: &str, arguments: &[&str]) -> String {
-    let output = Command::new(program)
-        .args(arguments)
-        .output()
-        .unwrap_or_else(|e| panic!("cannot run {program}: {e}; install qemu-utils (scripts/install-deps)"));
-    let both = [output.stdout, output.stderr].concat();
-    let said = String::from_utf8_lossy(&both).into_owned();
-    assert!(output.status.success() && !said.contains("failed"), "{program} {arguments:?}: {said}");
-    said
 }
