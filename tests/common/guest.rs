@@ -307,7 +307,16 @@ impl Guest {
         self.domain
             .create()
             .map(drop)
-            .unwrap_or_else(|e| panic!("{} does not start: {}", self.name, e.message()));
+            .unwrap_or_else(|e| panic!("{} does not start: {}{}", self.name, e.message(), self.tpm_log()));
+    }
+
+    /// What the tools that make a TPM wrote where libvirt only says that they failed.
+    fn tpm_log(&self) -> String {
+        let base =
+            self.uri.split_once("?socket=").and_then(|(_, socket)| Path::new(socket).parent()?.parent());
+        let log = base.map(|base| base.join(format!("tpm-log/libvirt/qemu/{}-swtpm.log", self.name)));
+        log.and_then(|log| std::fs::read_to_string(log).ok())
+            .map_or_else(String::new, |log| format!("\n{log}"))
     }
 
     pub fn pause(&self) {
