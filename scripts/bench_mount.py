@@ -20,12 +20,12 @@ LAYERS = 32
 REPO = pathlib.Path(__file__).resolve().parent.parent
 
 
-def data_extents(image):
-    """Where the image holds data, as (start, length) seen by the guest."""
+def data_extents(image, data=True):
+    """Where the image holds data, or (data=False) none, as (start, length) seen by the guest."""
     return [
         (extent["start"], extent["length"])
         for extent in json.loads(run("qemu-img", "map", "-U", "--output=json", image))
-        if extent["data"] and not extent["zero"]
+        if (extent["data"] and not extent["zero"]) == data
     ]
 
 
@@ -168,6 +168,7 @@ class Mount:
         self.second_read()
         self.copy_out()
         self.beside_the_peer("plain")
+        self.beside_the_peer("holes", caches=("warm",))
         self.boot()
         self.deep_chain()
         self.many_backups()
@@ -178,7 +179,8 @@ class Mount:
             self.images[kind] = self.knibfs.backup(self.disk, kind, kind == "zstd")[1]
         return self.images[kind]
 
-    def beside_the_peer(self, label):
+    def beside_the_peer(self, label, caches=("cold", "warm")):
+        """`holes` are those of the plain image: there is nothing to read or decode, only requests to answer."""
         share = 8 if self.quick else 1
         jobs = {
             "sequential 1 MiB": lambda e: Reads(list(sequential(e, 1536 * MIB // share)), 1, 0, "MiB/s"),
@@ -187,13 +189,14 @@ class Mount:
             "random 64 KiB direct, 4 readers": lambda e: Reads(list(scattered(e, 24000 // share, 65536)), 4, 1, "IOPS"),
         }
         extents = []
-        for (job, reads), cache in itertools.product(jobs.items(), ("cold", "warm")):
+        for (job, reads), cache in itertools.product(jobs.items(), caches):
             name = f"raw view, {label}: {job}, {cache}"
             if not self.wants(name):
                 continue
             if not extents:
-                image = self.image(label)
-                extents = data_extents(image)
+                holes = label == "holes"
+                image = self.image("plain" if holes else label)
+                extents = data_extents(image, data=not holes)
                 with self.knibfs.served(image) as (view, _):
                     compare(view, "raw", self.disk)
                 with storage_daemon(image, self.work) as view:
