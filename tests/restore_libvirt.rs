@@ -818,15 +818,28 @@ fn table_g_restore_backup() {
     assert_eq!(files_in(&lab.guest, &["vda", "vdb"]), all, "G2: what the guest wrote meanwhile is there");
     lab.guest.shutdown();
 
-    // Rows 3 and 4: on another host, with a volume that was detached.
-    virsh(uri(), &["detach-disk", lab.guest.name(), "vdb", "--config"]);
-    lab.ok(&["restore", &second, "--quick", "--host", "b"]);
-    assert!(!virsh(uri(), &["domid", lab.guest.name()]).status.success(), "G4: it has left the first host");
-    lab.guest.follow(other_uri());
-    lab.guest.wait_for_agent();
-    assert_eq!(files_in(&lab.guest, &["vda", "vdb"]), ["vda: one two", "vdb: one two"], "G4");
-    lab.sound("G4");
-    lab.agrees("web1", &lab.guest.hypervisor(), "G4");
+    // Row 3: on another host. Row 4: the same, back on the first one, with a volume that was detached.
+    for (row, host, from, to) in [("G3", "b", uri(), other_uri()), ("G4", "a", other_uri(), uri())] {
+        if row == "G4" {
+            assert!(
+                virsh(from, &["detach-disk", lab.guest.name(), "vdb", "--config"]).status.success(),
+                "{row}"
+            );
+        }
+        lab.ok(&["restore", &second, "--quick", "--host", host]);
+        assert!(
+            !virsh(from, &["domid", lab.guest.name()]).status.success(),
+            "{row}: it has left the other host"
+        );
+        lab.guest.follow(to);
+        lab.guest.wait_for_agent();
+        assert_eq!(files_in(&lab.guest, &["vda", "vdb"]), ["vda: one two", "vdb: one two"], "{row}");
+        lab.sound(row);
+        lab.agrees("web1", &lab.guest.hypervisor(), row);
+        if row == "G3" {
+            lab.guest.shutdown();
+        }
+    }
     // It is backed up where it is now.
     let next = lab.ok(&["backup", "web1"]);
     assert_eq!(lab.kind(&next, "vda"), "full");
@@ -870,21 +883,31 @@ fn table_f_restore_volume() {
     other.wait("the new disk", || other.exists("/dev/vdc"));
     other.mount("vdc");
     assert_eq!(files_in(&other, &["vdc"]), ["vdc: b"], "F3");
+    lab.sound_at("F3", &other.hypervisor());
+    lab.agrees("web2", &other.hypervisor(), "F3");
     lab.guest.destroy();
     assert!(virsh(uri(), &["undefine", lab.guest.name()]).status.success());
-    assert_eq!(volume("vda", "web2", &["--quick"]), "vdd", "F4 and F5: quick, its own VM deleted");
-    other.wait("the new disk", || other.exists("/dev/vdd"));
-    other.mount("vdd");
-    assert_eq!(files_in(&other, &["vdd"]), ["vdd: a"], "F5");
-    lab.sound_at("F5", &other.hypervisor());
-    lab.agrees("web2", &other.hypervisor(), "F5");
+    for (row, target, more) in
+        [("F4: its own VM deleted", "vdd", &[][..]), ("F5: quick", "vde", &["--quick"])]
+    {
+        assert_eq!(volume("vda", "web2", more), target, "{row}");
+        other.wait("the new disk", || other.exists(&format!("/dev/{target}")));
+        other.mount(target);
+        assert_eq!(files_in(&other, &[target]), [format!("{target}: a")], "{row}");
+        lab.sound_at(row, &other.hypervisor());
+        lab.agrees("web2", &other.hypervisor(), row);
+    }
 
     lab.refused_for("web2", &backup, "shut it down before it is started on another host");
     other.shutdown();
-    assert_eq!(volume("vdb", "web2", &["--quick", "--host", "b"]), "vde", "F6: quick, stopped, on a host");
+    assert_eq!(volume("vdb", "web2", &["--quick", "--host", "b"]), "vdf", "F6: quick, stopped, on a host");
     other.follow(other_uri());
     other.wait_for_agent();
-    assert_eq!(files_in(&other, &["vdc", "vdd", "vde"]), ["vdc: b", "vdd: a", "vde: b"], "F6");
+    assert_eq!(
+        files_in(&other, &["vdc", "vdd", "vde", "vdf"]),
+        ["vdc: b", "vdd: a", "vde: a", "vdf: b"],
+        "F6"
+    );
     lab.sound_at("F6", &other.hypervisor());
     lab.agrees("web2", &other.hypervisor(), "F6");
 }
