@@ -5,7 +5,7 @@ use std::collections::{HashMap, HashSet};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use parking_lot::Mutex;
+use parking_lot::RwLock;
 
 use crate::codec;
 use crate::image::Piece;
@@ -87,9 +87,65 @@ pub enum ExtentKind {
     },
 }
 
+/// What a region of the disk holds.
+struct Region {
+    start: u64,
+    unit_bits: u32,
+    extents: Vec<Extent>,
+    /// For each unit the number of the extent that its first byte lies in. A search among many extents would wait for
+    /// memory at every step; here it is one step. Empty where there are few.
+    slots: Vec<u32>,
+}
+
+/// So few extents (bytes: less than the first-level cache) are searched as fast without slots.
+const FEW: usize = 16;
+
+impl Region {
+    fn new(start: u64, unit_bits: u32, extents: Vec<Extent>) -> Self {
+        let mut slots = Vec::new();
+        if let Some(last) = extents.last().filter(|_| extents.len() > FEW) {
+            let units = (last.start + last.len - start).div_ceil(1 << unit_bits);
+            let mut number = 0;
+            for unit in 0..units {
+                let at = start + (unit << unit_bits);
+                while extents.get(number + 1).is_some_and(|next| next.start <= at) {
+                    number += 1;
+                }
+                slots.push(number as u32);
+            }
+        }
+        Self { start, unit_bits, extents, slots }
+    }
+
+    /// The extent that `offset` lies in, from there on.
+    fn find(&self, offset: u64) -> Option<Extent> {
+        let unit = (offset.checked_sub(self.start)? >> self.unit_bits) as usize;
+        let slot = |unit: usize| self.slots.get(unit).map(|number| *number as usize);
+        let first = slot(unit).unwrap_or(0);
+        let last = slot(unit + 1).map_or(self.extents.len(), |number| number + 1);
+        let among = self.extents.get(first..last)?;
+        let mut found = *match among {
+            [one] => one,
+            _ => among.get(among.partition_point(|e| e.start <= offset).checked_sub(1)?)?,
+        };
+        let skip = offset.checked_sub(found.start)?;
+        found.start = offset;
+        found.len = found.len.checked_sub(skip).filter(|left| *left > 0)?;
+        if let ExtentKind::Data { offset, .. } = &mut found.kind {
+            *offset += skip;
+        }
+        Some(found)
+    }
+
+    /// How much of the map's room it takes, in extents.
+    fn weight(&self) -> usize {
+        self.extents.len() + self.slots.len() / 8
+    }
+}
+
 #[derive(Default)]
 struct Map {
-    regions: HashMap<(usize, u64), Arc<Vec<Extent>>>,
+    regions: HashMap<(usize, u64), Region>,
     extents: usize,
 }
 
@@ -97,7 +153,8 @@ struct Map {
 pub struct Chain {
     layers: Vec<Layer>,
     region: u64,
-    map: Mutex<Map>,
+    unit_bits: u32,
+    map: RwLock<Map>,
 }
 
 impl Chain {
@@ -155,7 +212,7 @@ impl Chain {
         let unit = unit.min().unwrap_or(65536);
         // Never smaller than the largest cluster, so that a compressed cluster lies in one region.
         let region = (unit * REGION_UNITS).max(2 << 20);
-        Ok(Chain { layers, region, map: Mutex::default() })
+        Ok(Chain { layers, region, unit_bits: unit.trailing_zeros(), map: RwLock::default() })
     }
 
     /// Size of the guest's disk in bytes.
@@ -190,32 +247,23 @@ impl Chain {
                 format!("offset {offset} lies past the disk's {size} bytes"),
             ));
         };
+        let gap = || Error::damaged(top.storage().path(), "the map has a gap");
         let key = (n, offset / self.region);
-        let known = self.map.lock().regions.get(&key).cloned();
-        let region = match known {
-            Some(region) => region,
-            None => {
-                let start = key.1 * self.region;
-                let region = Arc::new(self.load(n, start, size.min(start.saturating_add(self.region)))?);
-                let mut map = self.map.lock();
-                if map.extents + region.len() > MAX_EXTENTS {
-                    map.regions.clear();
-                    map.extents = 0;
-                }
-                if map.regions.insert(key, region.clone()).is_none() {
-                    map.extents += region.len();
-                }
-                region
-            }
-        };
-        let i = region.partition_point(|e| e.start <= offset).saturating_sub(1);
-        let mut found =
-            *region.get(i).ok_or_else(|| Error::damaged(top.storage().path(), "the map has a gap"))?;
-        let skip = offset - found.start;
-        found.start = offset;
-        found.len -= skip;
-        if let ExtentKind::Data { offset, .. } = &mut found.kind {
-            *offset += skip;
+        if let Some(region) = self.map.read().regions.get(&key) {
+            return region.find(offset).ok_or_else(gap);
+        }
+        let start = key.1 * self.region;
+        let extents = self.load(n, start, size.min(start.saturating_add(self.region)))?;
+        let region = Region::new(start, self.unit_bits, extents);
+        let found = region.find(offset).ok_or_else(gap)?;
+        let mut map = self.map.write();
+        if map.extents + region.weight() > MAX_EXTENTS {
+            map.regions.clear();
+            map.extents = 0;
+        }
+        map.extents += region.weight();
+        if let Some(before) = map.regions.insert(key, region) {
+            map.extents -= before.weight();
         }
         Ok(found)
     }
@@ -437,4 +485,40 @@ fn join(last: &mut Extent, next: &Extent) -> bool {
         last.len += next.len;
     }
     joined
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    proptest! {
+        #[test]
+        fn a_region_finds_the_extent_that_a_byte_lies_in(
+            lens in prop::collection::vec(1u64..40, 1..200),
+            first in 0u64..5,
+            unit_bits in 9u32..13,
+            places in prop::collection::vec(any::<prop::sample::Index>(), 50),
+        ) {
+            let origin = first << 22;
+            let (mut start, mut extents) = (origin, Vec::new());
+            for len in lens {
+                let kind = ExtentKind::Data { layer: 0, offset: start * 3 };
+                extents.push(Extent { start, len: len * 512, kind });
+                start += len * 512;
+            }
+            let region = Region::new(origin, unit_bits, extents.clone());
+            prop_assert_eq!(region.slots.is_empty(), extents.len() <= FEW);
+            for place in places {
+                let at = origin + place.index((start - origin) as usize) as u64;
+                let of = extents.iter().rfind(|e| e.start <= at).unwrap();
+                let skip = at - of.start;
+                let kind = ExtentKind::Data { layer: 0, offset: of.start * 3 + skip };
+                prop_assert_eq!(region.find(at), Some(Extent { start: at, len: of.len - skip, kind }));
+            }
+            prop_assert_eq!(region.find(start), None);
+            prop_assert_eq!(region.find(origin.wrapping_sub(1)).filter(|_| origin > 0), None);
+        }
+    }
 }

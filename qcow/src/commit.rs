@@ -9,8 +9,8 @@ use crate::chain::ExtentKind;
 use crate::rw::{Content as _, ImageMut, Shown};
 use crate::writer::pipeline::{self, Jobs};
 use crate::{
-    Access, Chain, Control, Error, FileStorage, Format, Gate, LockedPaths, Locking, PlainPaths, Result, Run,
-    Source, Storage,
+    Access, Chain, Control, Error, FileStorage, Format, Gate, LockedPaths, Locking, PageBuf, PlainPaths,
+    Result, Run, Source, Storage,
 };
 
 /// Guest bytes that are copied at once.
@@ -70,14 +70,14 @@ fn layers_above(chain: &Chain, base: &dyn Storage, overlay: &Path) -> Result<(us
 fn copy(chain: &Chain, layers: usize, target: &mut Target, control: &Control) -> Result<()> {
     let data = target.data();
     let source = Top { chain, layers };
-    let spare = Mutex::new(Vec::<Vec<u8>>::new());
+    let spare = Mutex::new(Vec::<PageBuf>::new());
     let read = |(): &mut (), run: Run| {
         // The system copies plain data by itself, when its turn comes; what is compressed is unpacked here.
         let copy = run.zero || source.is_plain(run)?;
         let mut bytes = None;
         if !copy {
             let mut buf = spare.lock().pop().unwrap_or_default();
-            buf.resize(run.len as usize, 0);
+            buf.set_len(run.len as usize);
             source.read(run.start, &mut buf)?;
             bytes = Some(buf);
         }

@@ -6,7 +6,7 @@ use parking_lot::Mutex;
 
 use crate::chain::ExtentKind;
 use crate::rw::Backing;
-use crate::{Chain, Control, Error, Result};
+use crate::{Chain, Control, Error, PageBuf, Result};
 
 /// Guest bytes that a worker takes at a time.
 const STEP: u64 = 2 << 20;
@@ -46,7 +46,7 @@ pub fn compare(a: &Chain, b: &Chain, allocation: bool, control: &Control) -> Res
     let failed: Mutex<Option<Error>> = Mutex::new(None);
     let stop = AtomicBool::new(false);
     let work = || {
-        let mut buffers = (Vec::new(), Vec::new());
+        let mut buffers = (PageBuf::default(), PageBuf::default());
         while !stop.load(Ordering::Relaxed) {
             let from = next.fetch_add(STEP, Ordering::Relaxed);
             // What lies behind a difference that is known already cannot be the first one.
@@ -113,7 +113,7 @@ fn part(
     b: &Chain,
     range: std::ops::Range<u64>,
     allocation: bool,
-    buffers: &mut (Vec<u8>, Vec<u8>),
+    buffers: &mut (PageBuf, PageBuf),
 ) -> Result<Option<Difference>> {
     let mut at = range.start;
     while at < range.end {
@@ -126,15 +126,15 @@ fn part(
         let len = if same { len } else { len.min(READ) };
         if !same {
             for (chain, side, buf) in [(a, &left, &mut buffers.0), (b, &right, &mut buffers.1)] {
-                buf.resize(len as usize, 0);
+                buf.set_len(len as usize);
                 if side.zero {
                     buf.fill(0);
                 } else {
                     Backing::read(chain, buf, at)?;
                 }
             }
-            if buffers.0 != buffers.1 {
-                let first = buffers.0.iter().zip(&buffers.1).take_while(|(x, y)| x == y).count();
+            if *buffers.0 != *buffers.1 {
+                let first = buffers.0.iter().zip(&*buffers.1).take_while(|(x, y)| x == y).count();
                 return Ok(Some(Difference::Content { offset: at + first as u64 }));
             }
         }

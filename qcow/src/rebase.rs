@@ -11,7 +11,7 @@ use crate::rw::{Backing, ImageMut, compress_cluster};
 use crate::writer::is_zero;
 use crate::writer::pipeline::{self, COPY_BYTES, Jobs};
 use crate::{
-    Access, Chain, Compression, Control, Error, Format, Gate, Implicit, Result, Run, Source, Storage,
+    Access, Chain, Compression, Control, Error, Format, Gate, Implicit, PageBuf, Result, Run, Source, Storage,
 };
 
 /// Gives the image in `storage` (open for writing) another backing file, or none. Where the image says nothing itself
@@ -93,8 +93,8 @@ struct Differing<'a> {
 /// What one thread keeps from job to job.
 struct Worker {
     compressor: Option<Compressor>,
-    shown: Vec<u8>,
-    below: Vec<u8>,
+    shown: PageBuf,
+    below: PageBuf,
 }
 
 /// What the image is to say of a cluster, or a part of one, by itself.
@@ -120,7 +120,7 @@ impl Differing<'_> {
         let new_worker = || {
             let compressor = compression.map(Compressor::new).transpose();
             let compressor = compressor.map_err(|why| Error::unsupported(path, why))?;
-            Ok(Worker { compressor, shown: Vec::new(), below: Vec::new() })
+            Ok(Worker { compressor, shown: PageBuf::default(), below: PageBuf::default() })
         };
         let make = |worker: &mut Worker, run: Run| worker.changes(self, run, path);
         let take = |changes: Vec<(Range<u64>, Change)>| {
@@ -204,8 +204,8 @@ impl Source for Differing<'_> {
 impl Worker {
     /// The clusters of a run that show something else through the new chain.
     fn changes(&mut self, of: &Differing<'_>, run: Run, path: &Path) -> Result<Vec<(Range<u64>, Change)>> {
-        self.shown.resize(run.len as usize, 0);
-        self.below.resize(run.len as usize, 0);
+        self.shown.set_len(run.len as usize);
+        self.below.set_len(run.len as usize);
         of.read(run.start, &mut self.shown)?;
         match of.new {
             Some(new) => new.read(&mut self.below, run.start)?,

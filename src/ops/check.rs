@@ -109,7 +109,8 @@ fn image(
     let Some(named) = read_as else { return Ok(()) };
     let what = format!("reading {named}");
     (control.progress)(Event::Begin { what: what.clone(), total: file.len() });
-    let mut buf = vec![0; STEP];
+    let mut buf = knib_qcow::PageBuf::default();
+    buf.set_len(STEP);
     let mut at = 0;
     let mut result = Ok(());
     while at < file.len() && !control.is_cancelled() {

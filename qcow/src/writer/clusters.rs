@@ -8,7 +8,7 @@ use parking_lot::Mutex;
 use crate::codec::{Compressor, decompress};
 use crate::writer::raw::is_zero;
 use crate::writer::{NewImage, Observer, Run, Source, pipeline};
-use crate::{Error, Result};
+use crate::{Error, PageBuf, Result};
 
 /// How a cluster will be stored, and where its job has the bytes.
 #[derive(Clone)]
@@ -21,7 +21,7 @@ pub(super) enum Kind {
 /// The clusters of one job in guest order, and their stored bytes in the same order.
 pub(super) struct Made<D> {
     pub(super) clusters: Vec<(u64, Kind, D)>,
-    pub(super) bytes: Vec<u8>,
+    pub(super) bytes: PageBuf,
 }
 
 /// Makes clusters of a source.
@@ -31,13 +31,13 @@ pub(super) struct Maker<'a, S, O> {
     pub(super) new: &'a NewImage,
     pub(super) path: &'a Path,
     /// Buffers of jobs that are done with: fresh memory costs more than the copy into it.
-    pub(super) spare: Mutex<Vec<Vec<u8>>>,
+    pub(super) spare: Mutex<Vec<PageBuf>>,
 }
 
 /// What one thread keeps from job to job.
 pub(super) struct Worker {
     compressor: Option<Compressor>,
-    guest: Vec<u8>,
+    guest: PageBuf,
     taken: Vec<u8>,
 }
 
@@ -46,13 +46,13 @@ impl<S: Source, O: Observer> Maker<'_, S, O> {
         let compressor = self.new.compression.map(Compressor::new).transpose();
         let compressor =
             compressor.map_err(|why| Error::unsupported(self.path, format!("cannot compress: {why}")))?;
-        Ok(Worker { compressor, guest: Vec::new(), taken: Vec::new() })
+        Ok(Worker { compressor, guest: PageBuf::default(), taken: Vec::new() })
     }
 
     pub(super) fn make(&self, worker: &mut Worker, run: Run) -> Result<Made<O::Digest>> {
         let cluster = 1u64 << self.new.cluster_bits;
         let (first, count) = (run.start / cluster, run.len.div_ceil(cluster));
-        let mut made = Made { clusters: Vec::new(), bytes: Vec::new() };
+        let mut made = Made { clusters: Vec::new(), bytes: PageBuf::default() };
         if run.zero {
             self.zeros(worker, &mut made, first..first + count);
             return Ok(made);
@@ -185,8 +185,8 @@ impl<S: Source, O: Observer> Maker<'_, S, O> {
     }
 }
 
-fn grow(buffer: &mut Vec<u8>, len: u64) {
+fn grow(buffer: &mut PageBuf, len: u64) {
     if (buffer.len() as u64) < len {
-        buffer.resize(len as usize, 0);
+        buffer.set_len(len as usize);
     }
 }

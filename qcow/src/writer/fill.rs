@@ -12,7 +12,7 @@ use crate::rw::{ImageMut, compress_cluster};
 use crate::writer::pipeline::{self, COPY_BYTES, JOB_BYTES, Jobs};
 use crate::writer::raw::is_zero;
 use crate::writer::{Control, Run, Source};
-use crate::{Compression, Error, Format, Gate, Result, Storage};
+use crate::{Compression, Error, Format, Gate, PageBuf, Result, Storage};
 
 /// An image that is written in place.
 pub enum Sink {
@@ -45,7 +45,7 @@ enum Part {
 struct Made {
     run: Run,
     parts: Vec<Part>,
-    guest: Vec<u8>,
+    guest: PageBuf,
     stored: Vec<u8>,
 }
 
@@ -207,7 +207,7 @@ struct Maker<'a, S> {
     block: u64,
     path: &'a Path,
     /// Buffers of jobs that are done with.
-    spare: Mutex<Vec<(Vec<u8>, Vec<u8>)>>,
+    spare: Mutex<Vec<(PageBuf, Vec<u8>)>>,
 }
 
 impl<S: Source> Maker<'_, S> {
@@ -219,7 +219,7 @@ impl<S: Source> Maker<'_, S> {
             parts.push(Part::Zeros(run.start..end));
             return Ok(Made { run, parts, guest, stored });
         }
-        guest.resize(run.len as usize, 0);
+        guest.set_len(run.len as usize);
         stored.clear();
         self.source.read(run.start, &mut guest)?;
         let mut at = run.start;

@@ -9,7 +9,7 @@ use parking_lot::Mutex;
 use crate::writer::pipeline::{self, Jobs};
 use crate::writer::write_back::WriteBack;
 use crate::writer::{Control, Run, Source};
-use crate::{Error, Result, Storage};
+use crate::{Error, PageBuf, Result, Storage};
 
 /// Granularity in which zeros become holes, in bytes.
 const BLOCK: u64 = 65536;
@@ -23,12 +23,12 @@ pub fn write_raw<S: Source>(dest: Arc<dyn Storage>, size: u64, source: &S, contr
         move |e| Error::io(&path, doing, e)
     };
     dest.set_len(size).map_err(io("setting the size"))?;
-    let spare = Mutex::new(Vec::<Vec<u8>>::new());
+    let spare = Mutex::new(Vec::<PageBuf>::new());
     let make = |(): &mut (), run: Run| {
-        let mut buf = Vec::new();
+        let mut buf = PageBuf::default();
         if !run.zero {
             buf = spare.lock().pop().unwrap_or_default();
-            buf.resize(run.len as usize, 0);
+            buf.set_len(run.len as usize);
             source.read(run.start, &mut buf)?;
         }
         let rows = rows(&buf);
@@ -37,7 +37,7 @@ pub fn write_raw<S: Source>(dest: Arc<dyn Storage>, size: u64, source: &S, contr
     std::thread::scope(|scope| {
         let mut write_back = WriteBack::new(scope, &dest);
         let mut written = 0;
-        let take = |(start, buf, rows): (u64, Vec<u8>, Vec<Range<usize>>)| {
+        let take = |(start, buf, rows): (u64, PageBuf, Vec<Range<usize>>)| {
             for row in rows {
                 let (at, bytes) = (start + row.start as u64, buf.get(row).unwrap_or_default());
                 dest.write_at(bytes, at).map_err(io("writing"))?;

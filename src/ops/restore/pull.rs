@@ -90,7 +90,7 @@ fn copy(
     let mut image = ImageMut::open_over(storage.clone(), &NothingBelow, Some(Box::new(below)))?;
     let end = source.size().min(image.size());
     let (mut at, mut copied, begun) = (0, 0u64, Instant::now());
-    let mut buf = Vec::new();
+    let mut buf = knib_qcow::PageBuf::default();
     let stopped = || job.cancel.load(Ordering::Relaxed);
     while let Some(run) = source.next(at)?.filter(|r| r.start < end) {
         at = run.start;
@@ -103,7 +103,7 @@ fn copy(
             let extent = own.top_extent_at(1, at)?;
             let len = extent.len.min(stop - at).min(STEP);
             if extent.kind == ExtentKind::Absent {
-                buf.resize(len as usize, 0);
+                buf.set_len(len as usize);
                 source.read(at, &mut buf)?;
                 if buf.iter().any(|b| *b != 0) {
                     image.write_at(&buf, at)?;
