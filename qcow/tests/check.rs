@@ -76,13 +76,19 @@ fn a_refcount_too_high_is_a_leak_and_one_too_low_is_a_corruption() {
     image(&path, "compat=1.1", false, false);
     let sound = std::fs::read(&path).unwrap();
     let block = first_block(&sound);
-    for (index, count, leaks, corruptions) in [(0usize, 2u8, 1, 0), (0, 0, 0, 1), (30_000, 1, 1, 0)] {
+    let last = sound.len().div_ceil(1 << 16) - 1;
+    // A count past the end of the file takes no space.
+    for (index, count, leaks, corruptions) in
+        [(0usize, 2u8, 1, 0), (0, 0, 0, 1), (last, 40, 1, 0), (last + 1, 1, 0, 0), (30_000, 1, 0, 0)]
+    {
         let mut bytes = sound.clone();
         bytes[block + index * 2 + 1] = count;
         std::fs::write(&path, bytes).unwrap();
         let found = report(&path).unwrap();
         assert_eq!((found.leaks, found.corruptions), (leaks, corruptions), "{:?}", found.messages);
-        assert_eq!(found.messages.len(), 1);
+        assert_eq!(found.messages.len() as u64, leaks + corruptions);
+        let (code, text) = tool("qemu-img", &["check", "-f", "qcow2", s(&path)]);
+        assert_eq!(code == 0, found.is_clean(), "{text}");
     }
 }
 
