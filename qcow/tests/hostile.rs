@@ -367,6 +367,49 @@ fn entries_that_point_where_they_must_not_are_damage() {
 }
 
 #[test]
+fn a_subcluster_that_is_allocated_and_zero_is_damage_to_whoever_comes_to_it() {
+    let (_dir, at) = temp();
+    let path = at("a");
+    qemu_img(&["create", "-q", "-f", "qcow2", "-o", "cluster_size=16k,extended_l2=on", s(&path), "128k"]);
+    qemu_io(&path, &["write -P 1 0 48k", "write -c -P 2 64k 16k"]);
+    let sound = std::fs::read(&path).unwrap();
+    let word = |at: usize| u64::from_be_bytes(sound[at..at + 8].try_into().unwrap());
+    let l2 = (word(word(40) as usize) & 0x00ff_ffff_ffff_fe00) as usize;
+    // Data, all of it allocated; nothing; compressed, which has no subclusters.
+    for (cluster, bitmap, says) in [
+        (0u64, 1 << 32 | 0xffff_ffff, "allocated and zero"),
+        (5, 1 << 35 | 1 << 3, "allocated and zero"),
+        (4, 1 << 32, "subclusters"),
+    ] {
+        let mut bytes = sound.clone();
+        let entry = l2 + cluster as usize * 16 + 8;
+        bytes[entry..entry + 8].copy_from_slice(&u64::to_be_bytes(bitmap));
+        let start = cluster * 16384;
+        let chain = Chain::from_storage(Memory::new(&bytes), Format::Qcow2, &NoImplicit).unwrap();
+        let error = chain.read_at(&mut [0; 100], start + 5000).unwrap_err().to_string();
+        assert!(error.contains(says) && error.contains("hostile"), "{error}");
+        let found = report_of(Memory::new(&bytes)).unwrap();
+        assert_eq!(found.corruptions, 1, "{:?}", found.messages);
+        let works: [&dyn Fn(&mut ImageMut) -> Result<(), Error>; 4] = [
+            &|image| image.write_at(&[9; 100], start + 5000),
+            &|image| image.write_at(&[9; 16384], start),
+            &|image| image.write_zeroes(start, 16384),
+            &|image| image.discard(start, 16384),
+        ];
+        for (n, work) in works.into_iter().enumerate() {
+            let storage = Memory::new(&bytes);
+            let mut image = ImageMut::open(storage.clone(), &NoImplicit).unwrap();
+            let error = work(&mut image).expect_err(&format!("work {n} on cluster {cluster}")).to_string();
+            assert!(error.contains("subclusters"), "{error}");
+            drop(image);
+            let mut now = vec![0; bytes.len()];
+            storage.read_at(&mut now, 0).unwrap();
+            assert!(now == bytes, "work {n} on cluster {cluster}: nothing was written");
+        }
+    }
+}
+
+#[test]
 fn guest_data_is_never_written_over_tables() {
     // The guest's cluster is the header's, the refcount block's, the L1 table's, the L2 table's own.
     for target in [0x200u64, 0x400, 0x600, 0x800] {

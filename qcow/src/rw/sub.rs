@@ -12,9 +12,9 @@ use crate::{Error, Result};
 pub(super) const ALL_ALLOCATED: u64 = 0xffff_ffff;
 
 /// What a cluster holds by subclusters; a compressed one holds all of them.
-struct Subclusters {
+pub(super) struct Subclusters {
     entry: Entry,
-    old: L2,
+    pub(super) old: L2,
     allocated: u32,
     zero: u32,
 }
@@ -40,7 +40,7 @@ fn runs(mask: u32) -> impl Iterator<Item = Range<u64>> {
 }
 
 impl ImageMut {
-    fn subclusters(&mut self, index: u64) -> Result<Subclusters> {
+    pub(super) fn subclusters(&mut self, index: u64) -> Result<Subclusters> {
         let entry = self.entry(index)?;
         let old = self.decode(index, entry)?;
         let (allocated, zero) = (entry.sub as u32, (entry.sub >> 32) as u32);
