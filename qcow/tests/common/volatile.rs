@@ -86,6 +86,21 @@ impl Volatile {
         }
         file
     }
+    /// The same where of what was written only the last has arrived, and the file has its length: what a pointer is worth
+    /// that overtakes what it points to.
+    pub fn only_the_last(&self) -> Vec<u8> {
+        let state = self.state.lock().unwrap();
+        let mut file = state.durable.clone();
+        for (len, bytes) in &state.pending {
+            if bytes.is_none() {
+                file.resize(*len as usize, 0);
+            }
+        }
+        if let Some((at, Some(bytes))) = state.pending.last() {
+            apply(&mut file, *at, bytes);
+        }
+        file
+    }
 }
 
 impl Storage for Volatile {
@@ -178,6 +193,7 @@ pub fn every_cut_of(
         let files = files(&Power::new(cut));
         let error = work(&files).unwrap_err();
         assert!(error.to_string().contains("the power failed"), "{error}");
+        judge(cut, files.iter().map(|file| file.only_the_last()).collect());
         for _ in 0..rounds {
             judge(cut, files.iter().map(|file| file.survivor(&mut random)).collect());
         }
