@@ -366,6 +366,8 @@ fn entries_that_point_where_they_must_not_are_damage() {
     }
 }
 
+type Work<'a> = &'a dyn Fn(&mut ImageMut) -> Result<(), Error>;
+
 #[test]
 fn a_subcluster_that_is_allocated_and_zero_is_damage_to_whoever_comes_to_it() {
     let (_dir, at) = temp();
@@ -390,7 +392,7 @@ fn a_subcluster_that_is_allocated_and_zero_is_damage_to_whoever_comes_to_it() {
         assert!(error.contains(says) && error.contains("hostile"), "{error}");
         let found = report_of(Memory::new(&bytes)).unwrap();
         assert_eq!(found.corruptions, 1, "{:?}", found.messages);
-        let works: [&dyn Fn(&mut ImageMut) -> Result<(), Error>; 4] = [
+        let works: [Work; 4] = [
             &|image| image.write_at(&[9; 100], start + 5000),
             &|image| image.write_at(&[9; 16384], start),
             &|image| image.write_zeroes(start, 16384),
