@@ -153,6 +153,27 @@ fn wrong_wishes_are_refused_alike() {
 }
 
 #[test]
+fn a_link_to_nothing_becomes_its_target_and_a_refused_size_leaves_no_file() {
+    for line in [
+        &["create", "-f", "qcow2", "link", "1M"][..],
+        &["create", "link", "1M"],
+        &["create", "-f", "qcow2", "too_large", "7E"],
+    ] {
+        let (a, b) = (Bench::new(), Bench::new());
+        for bench in [&a, &b] {
+            std::os::unix::fs::symlink("there", bench.path("link")).unwrap();
+        }
+        let (wanted, _) = img_support::theirs(line, a.dir.path());
+        let (said, errors) = img_support::ours(line, b.dir.path());
+        assert_eq!(said, wanted, "{line:?}: {errors}");
+        for name in ["there", "too_large"] {
+            let len = |bench: &Bench| std::fs::metadata(bench.path(name)).map(|m| m.is_file()).ok();
+            assert_eq!(len(&b), len(&a), "{line:?} {name}");
+        }
+    }
+}
+
+#[test]
 fn options_of_raw_files_are_listed_as_qemu_lists_them() {
     let bench = Bench::new();
     bench.same(&["create", "-f", "raw", "-o", "help"]);

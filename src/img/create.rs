@@ -314,6 +314,16 @@ pub struct Plan {
 impl Plan {
     /// Makes the image at `path`, over what is there, and returns it open for writing.
     pub fn make(&self, path: &Path) -> Result<Arc<FileStorage>, Failure> {
+        let new = std::fs::symlink_metadata(path).is_err();
+        self.make_over(path).inspect_err(|_| {
+            // No empty file stays behind where there was none; that it cannot be removed changes nothing.
+            if new {
+                let _ = std::fs::remove_file(path);
+            }
+        })
+    }
+
+    fn make_over(&self, path: &Path) -> Result<Arc<FileStorage>, Failure> {
         self.open_data_file(path)?;
         let file = target(path)?;
         let new = &self.qcow2;
@@ -374,6 +384,11 @@ pub fn fill(file: &FileStorage, offset: u64, len: u64, how: Preallocation) -> st
 /// Opens a file to be written anew, which may not be there yet; what it holds stays until it is written.
 pub fn target(path: &Path) -> Result<Arc<FileStorage>, Failure> {
     let there = std::fs::symlink_metadata(path).is_ok();
+    // A link to what is not there yet: that file is made, as by any program that opens it to write.
+    let missing = std::fs::metadata(path).is_err_and(|e| e.kind() == std::io::ErrorKind::NotFound);
+    if let (true, true, Ok(to)) = (there, missing, std::fs::read_link(path)) {
+        return target(&path.parent().unwrap_or(Path::new("")).join(to));
+    }
     let opened =
         if there { FileStorage::open(path, Access::ReadWrite) } else { FileStorage::create_new(path) };
     opened.map_err(|e| Failure::new(format!("Could not create '{}': {e}", path.display())))
