@@ -238,6 +238,9 @@ fn options_are_amended_alike() {
             assert!(then(&ours) == then(&bench), "{image} {options}: {id}");
         }
     }
+    // A size of nothing is no size.
+    let (theirs, ours, _) = bench.same_changes(&["amend", "-o", "size=0", "plain.qcow2"]);
+    assert!(ours.guest("qcow2", "plain.qcow2") == theirs.guest("qcow2", "plain.qcow2"));
     // What version 2 cannot say.
     bench.qemu_img(&["resize", "-q", "states.qcow2", "9M"]);
     for image in ["states.qcow2", "sub.qcow2", "external.qcow2", "big.qcow2"] {
@@ -282,6 +285,8 @@ fn wrong_wishes_are_refused_alike() {
         &["amend", "-o", "lazy_refcounts=on", "some.raw"],
         &["amend", "-o", "lazy_refcounts=on", "v2.qcow2"],
         &["amend", "-o", "backing_file=v2.qcow2", "plain.qcow2"],
+        &["amend", "-o", "size=5000001", "plain.qcow2"],
+        &["resize", "--image-opts", "driver=qcow2,file.filename=plain.qcow2,force-share=on", "9M"],
     ] {
         let (_, ours, said) = bench.same_changes(line);
         assert_eq!(said.code, Some(1), "{line:?}");

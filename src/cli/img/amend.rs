@@ -86,6 +86,11 @@ fn run(given: &Given) -> Done {
             }
         }
     }
+    // 0 leaves the size as it is, as in QEMU.
+    let size = wanted.bytes("size").filter(|size| *size > 0);
+    if size.is_some_and(|size| !size.is_multiple_of(512)) {
+        return Err(Failure::new("The new size must be a multiple of 512"));
+    }
     let lazy = wanted.get("lazy_refcounts").map(|_| wanted.is_on("lazy_refcounts"));
     if lazy == Some(true) && version < 3 {
         return Err(Failure::new(
@@ -106,7 +111,7 @@ fn run(given: &Given) -> Done {
         let what = Amend { version: Some(version), lazy_refcounts: lazy, refcount_order: order };
         knib_qcow::amend(storage.clone(), &gate, &what, &control)?;
     }
-    if let Some(size) = wanted.bytes("size") {
+    if let Some(size) = size {
         knib_qcow::resize(storage, &gate, size, true, Preallocation::Off, &control)?;
     }
     progress.end();
