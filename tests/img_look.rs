@@ -33,6 +33,7 @@ fn images_of_every_kind_look_the_same() {
 fn wrong_lines_end_with_the_same_code_and_a_sentence() {
     let bench = Bench::new();
     bench.qemu_img(&["create", "-q", "-f", "qcow2", "a.qcow2", "1M"]);
+    std::fs::copy(bench.path("a.qcow2"), bench.path("odd:a.qcow2")).unwrap();
     for line in [
         &[][..],
         &["nonsense"],
@@ -57,6 +58,9 @@ fn wrong_lines_end_with_the_same_code_and_a_sentence() {
         &["check"],
         &["check", "-f", "raw", "a.qcow2"],
         &["check", "-T", "nonsense", "a.qcow2"],
+        &["--", "info", "a.qcow2"],
+        &["info", "file:a.qcow2"],
+        &["info", "file:odd:a.qcow2"],
     ] {
         bench.same(line);
     }
@@ -102,6 +106,7 @@ fn images_are_named_by_options_too() {
         // What does not go together.
         &["info", "-f", "qcow2", plain],
         &["compare", "-f", "qcow2", plain, plain],
+        &["compare", "driver=qcow2,file.filename=plain.qcow2,nonsense=on", plain],
         &["info", "plain.qcow2"],
         &["info", "driver=qcow2"],
         &["info", "driver=nonsense,file.filename=plain.qcow2"],
@@ -136,6 +141,8 @@ fn images_are_named_by_options_too() {
         assert!(ours.guest(format, image) == theirs.guest(format, image), "{line:?}");
     }
     bench.same(&["convert", "--target-image-opts", "plain.qcow2", "driver=raw,file.filename=some.raw"]);
+    let target = "driver=raw,file.filename=some.raw";
+    bench.same(&["convert", "-n", "-O", "qcow2", "--target-image-opts", "plain.qcow2", target]);
 }
 
 #[test]

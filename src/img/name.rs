@@ -16,7 +16,11 @@ pub fn file(name: &OsStr) -> Result<PathBuf, Failure> {
     let Some(text) = name.to_str() else { return Ok(PathBuf::from(name)) };
     match protocol(text) {
         None => Ok(PathBuf::from(text)),
-        Some("file") => Ok(PathBuf::from(&text["file:".len()..])),
+        Some("file") => {
+            // Shown so that it can be given again as it is.
+            let rest = &text["file:".len()..];
+            Ok(if protocol(rest).is_some() { Path::new(".").join(rest) } else { PathBuf::from(rest) })
+        }
         Some(protocol) => Err(Failure::new(format!(
             "Could not open '{text}': the protocol '{protocol}' is not supported: only files and block devices are (write a file of this name as ./{text})"
         ))),
@@ -41,7 +45,7 @@ mod tests {
 
     #[test]
     fn only_files_are_opened() {
-        assert_eq!(file(OsStr::new("file:a:b")).unwrap(), Path::new("a:b"));
+        assert_eq!(file(OsStr::new("file:a:b")).unwrap(), Path::new("./a:b"));
         assert_eq!(file(OsStr::new("./a:b")).unwrap(), Path::new("./a:b"));
         for name in ["nbd://h/x", "json:{}", "a:b"] {
             assert!(file(OsStr::new(name)).unwrap_err().text.contains("is not supported"), "{name}");

@@ -122,6 +122,7 @@ fn main(program: &str, line: &[OsString]) -> ExitCode {
                 line.next();
             }
             trace if trace.starts_with("--trace=") => {}
+            "--" => {}
             option if option.starts_with('-') => {
                 return failed(None, &Failure::usage(format!("unrecognized option '{option}'")));
             }

@@ -27,13 +27,17 @@ pub fn resolve(command: &Command, given: &mut Given) -> Result<(), Failure> {
         return Err(Failure::usage(format!("unrecognized option '--{option}'")));
     }
     let formats = formats(command.name);
+    let code = if command.name == "compare" { 2 } else { 1 };
     if all && formats.iter().any(|f| given.has(f)) {
-        let code = if command.name == "compare" { 2 } else { 1 };
         return Err(Failure::new("--image-opts and --format are mutually exclusive").with_code(code));
+    }
+    if target && given.has("target-format") {
+        return Err(Failure::new("--target-image-opts and --target-format are mutually exclusive"));
     }
     if target && !given.has("no-create") {
         return Err(Failure::new("--target-image-opts requires use of -n flag"));
     }
+    let may_share = command.options.iter().any(|o| o.long == "force-share");
     let count = given.words.len();
     let sources = match command.name {
         "convert" => count.saturating_sub(1),
@@ -42,7 +46,7 @@ pub fn resolve(command: &Command, given: &mut Given) -> Result<(), Failure> {
     };
     let mut common: Vec<Option<Option<String>>> = vec![None; formats.len()];
     for at in (0..sources.min(count)).filter(|_| all) {
-        let format = name(given, at)?;
+        let format = name(given, at, may_share).map_err(|f| f.with_code(code))?;
         let of = at.min(formats.len() - 1);
         match common.get_mut(of) {
             Some(known @ None) => *known = Some(format),
@@ -60,7 +64,7 @@ pub fn resolve(command: &Command, given: &mut Given) -> Result<(), Failure> {
         }
     }
     if target && count > 0 {
-        let format = name(given, count - 1)?.ok_or_else(|| {
+        let format = name(given, count - 1, false)?.ok_or_else(|| {
             Failure::new("--target-image-opts needs the target's format: driver=raw or driver=qcow2")
         })?;
         given.set("target-format", format.into());
@@ -68,12 +72,18 @@ pub fn resolve(command: &Command, given: &mut Given) -> Result<(), Failure> {
     Ok(())
 }
 
-/// Replaces a word by the file that it names; the format that it gives.
-fn name(given: &mut Given, at: usize) -> Result<Option<String>, Failure> {
+/// Replaces a word by the file that it names; the format that it gives. What is written is not shared.
+fn name(given: &mut Given, at: usize, may_share: bool) -> Result<Option<String>, Failure> {
     let Some(word) = given.words.get_mut(at) else { return Ok(None) };
     let text = word.to_str().ok_or_else(|| Failure::new("--image-opts: the options are not UTF-8"))?;
     let named = image_opts::parse(text)?;
     *word = named.file.into();
+    if named.share && !may_share {
+        return Err(Failure::new(format!(
+            "Could not open '{}': force-share=on can only be used with read-only images",
+            word.to_string_lossy()
+        )));
+    }
     if named.share {
         given.set("force-share", OsString::new());
     }
