@@ -50,12 +50,6 @@ impl VerifiedDisk {
         if let Some(odd) = layers.iter().find(|l| l.cluster_bits != cluster_bits) {
             return Err(odd.damaged("its clusters are of another size than those above it"));
         }
-        let sizes: Vec<u64> = layers.iter().map(|l| l.virtual_size).collect();
-        if let Some(odd) = splits_a_cluster(&sizes, cluster_bits).and_then(|at| layers.get(at)) {
-            return Err(odd.damaged(
-                "it ends within a cluster, between longer images: a disk that was resized begins a chain of its own",
-            ));
-        }
         let numbers: Vec<u8> = layers.iter().flat_map(|l| l.number.to_le_bytes()).collect();
         Ok(Self {
             number: number(&[b"chain", &numbers]),
@@ -165,17 +159,6 @@ impl VerifiedDisk {
         }
         Ok(next.and_then(|c| c.checked_mul(self.cluster_size())).map(|at| at.max(offset)))
     }
-}
-
-/// The layer, of those whose sizes are given from the top on, that ends within a cluster that those below it go on in
-/// and that is wanted: half of the cluster is theirs then, and half zeros, which no map of whole clusters says.
-fn splits_a_cluster(sizes: &[u64], cluster_bits: u32) -> Option<usize> {
-    let wanted = sizes.first().copied()?;
-    let mut layers = sizes.iter().enumerate().skip(1);
-    layers.find_map(|(at, size)| {
-        let longer_below = sizes.iter().skip(at + 1).any(|below| below > size);
-        (*size < wanted && longer_below && size.trailing_zeros() < cluster_bits).then_some(at)
-    })
 }
 
 impl BlockSource for VerifiedDisk {
@@ -290,26 +273,5 @@ impl BlockSource for VerifiedDisk {
             at = span.end();
         }
         Ok(None)
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::splits_a_cluster;
-
-    #[test]
-    fn only_a_shorter_layer_between_longer_ones_splits_a_cluster() {
-        let (half, one, two, more) = (0x8000, 0x1_0000, 0x2_0000, 0x2_8000);
-        assert_eq!(splits_a_cluster(&[two, one + half, two], 16), Some(1));
-        assert_eq!(splits_a_cluster(&[more, two, one + half, one + 0x9000], 16), Some(2));
-        for whole in [
-            &[two, one, two][..],
-            &[two, one + half],
-            &[one + half, one + half, two],
-            &[two, one + half, one],
-            &[],
-        ] {
-            assert_eq!(splits_a_cluster(whole, 16), None, "{whole:?}");
-        }
     }
 }
