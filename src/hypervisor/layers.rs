@@ -72,13 +72,12 @@ pub(super) fn check_new(path: &Path) -> Result<()> {
 
 /// Whether two paths are the same file, by name or by what they lead to.
 pub(crate) fn same_file(a: &Path, b: &Path) -> bool {
-    if a == b {
-        return true;
-    }
-    match (std::fs::metadata(a), std::fs::metadata(b)) {
-        (Ok(a), Ok(b)) => (a.dev(), a.ino()) == (b.dev(), b.ino()),
-        _ => false,
-    }
+    a == b || identity(a).is_some_and(|a| Some(a) == identity(b))
+}
+
+/// The device and the inode of what a path leads to; none where there is nothing.
+pub(crate) fn identity(path: &Path) -> Option<(u64, u64)> {
+    std::fs::metadata(path).ok().map(|m| (m.dev(), m.ino()))
 }
 
 /// Whether it is a block device.

@@ -36,7 +36,7 @@ pub use crate::store::restore_op::ErrorPolicy;
 pub use error::{HypervisorError, Result};
 pub use header::backing_chain;
 pub use images::Images;
-pub(crate) use layers::{is_block, same_file, volume};
+pub(crate) use layers::{identity, is_block, same_file, volume};
 #[cfg(feature = "libvirt")]
 pub use libvirt::LibvirtDomain;
 pub use offline::DiskFiles;

@@ -1,6 +1,7 @@
 //! Opening images by name: format given or recognised, QEMU's locks taken, the chain followed by plain paths.
 
 use std::ffi::OsStr;
+use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -9,6 +10,11 @@ use knib_qcow::{
 };
 
 use super::{Failure, name};
+
+/// The device and the inode of what a path leads to; none where there is nothing.
+pub fn identity(path: &Path) -> Option<(u64, u64)> {
+    std::fs::metadata(path).ok().map(|m| (m.dev(), m.ino()))
+}
 
 /// What other formats begin with, at which offset, and their names.
 const OTHERS: [(u64, &[u8], &str); 11] = [

@@ -3,14 +3,12 @@
 //!
 //! Done again after a crash it does the same, so it needs no journal: until its delta is deleted, all data is in the chain.
 
-use std::path::Path;
-
 use super::backup::primary;
 use super::control::OpControl;
 use super::hypervisor::{is_block, target};
 use super::images::EngineImages;
 use crate::failpoint;
-use crate::hypervisor::{Guest, Hypervisor, ImageRef, Images as _, JobControl, backing_chain};
+use crate::hypervisor::{Guest, Hypervisor, ImageRef, Images as _, JobControl, backing_chain, identity};
 use crate::store::manifest::PrimaryImage;
 use crate::store::vm::Volume;
 use crate::store::{Store, StoreResult, VmRecord, atomic};
@@ -87,11 +85,6 @@ fn stands_on(guest: &Guest, volume: &Volume, images: &[PrimaryImage]) -> bool {
     }
     let found = guest.volumes.iter().filter(|v| v.target == name).flat_map(|v| &v.chain);
     found.filter_map(|image| identity(&image.path)).any(|id| images.iter().any(|i| (i.device, i.inode) == id))
-}
-
-fn identity(path: &Path) -> Option<(u64, u64)> {
-    use std::os::unix::fs::MetadataExt as _;
-    std::fs::metadata(path).ok().map(|m| (m.dev(), m.ino()))
 }
 
 fn merge(

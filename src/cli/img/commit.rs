@@ -1,6 +1,5 @@
 //! `img commit`: what an overlay holds goes into an image that it stands on.
 
-use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
 
@@ -9,7 +8,7 @@ use knib_qcow::{Control, Format, ImageMut, PlainPaths};
 use super::options::{Given, flag, value};
 use super::progress::Progress;
 use super::{Command, Done, check_cache, rate, say, threads};
-use crate::img::open::{Following, Mode, format, open};
+use crate::img::open::{Following, Mode, format, identity, open};
 use crate::img::{Failure, name};
 
 pub const COMMAND: Command = Command {
@@ -66,7 +65,6 @@ fn run(given: &Given) -> Done {
 
 /// The image to write into, and its format as the one above it names it: the first below, or the one that was named.
 fn base(image: &Path, wanted: Option<&str>) -> Result<(PathBuf, Format), Failure> {
-    let id = |path: &Path| std::fs::metadata(path).ok().map(|m| (m.dev(), m.ino()));
     let missing = |wanted: &str| {
         Failure::new(format!("Did not find '{wanted}' in the backing chain of '{}'", image.display()))
     };
@@ -84,7 +82,8 @@ fn base(image: &Path, wanted: Option<&str>) -> Result<(PathBuf, Format), Failure
         })?;
         let below = name::file(name::combine(&at, &backing).as_ref())?;
         let format = format(&named)?;
-        let found = wanted.is_none_or(|w| id(Path::new(w)).is_some_and(|w| Some(w) == id(&below)));
+        let found =
+            wanted.is_none_or(|w| identity(Path::new(w)).is_some_and(|w| Some(w) == identity(&below)));
         if found {
             return Ok((below, format));
         }

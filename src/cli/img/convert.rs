@@ -1,7 +1,6 @@
 //! `img convert`: copies images into a new one, or into one that is there.
 
 use std::ffi::OsString;
-use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
@@ -17,7 +16,7 @@ use super::progress::Progress;
 use super::{Command, Done, check_cache, rate, say, threads, warn};
 use crate::img::create::{Plan, Wanted, target};
 use crate::img::flat::Flat;
-use crate::img::open::{Following, Mode, Opened, open};
+use crate::img::open::{Following, Mode, Opened, identity, open};
 use crate::img::unsynced::Unsynced;
 use crate::img::{Failure, name, size, snapshots};
 
@@ -261,10 +260,9 @@ fn layers_above(
             f.text
         ))
     })?);
-    let id = |path: &Path| std::fs::metadata(path).ok().map(|m| (m.dev(), m.ino()));
-    let wanted = id(Path::new(&full));
+    let wanted = identity(Path::new(&full));
     let paths = source.map(Chain::paths).unwrap_or_default();
-    Ok(paths.iter().position(|p| id(p) == wanted).filter(|n| *n > 0).unwrap_or(1))
+    Ok(paths.iter().position(|p| identity(p) == wanted).filter(|n| *n > 0).unwrap_or(1))
 }
 
 struct Work<'a> {

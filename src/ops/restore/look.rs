@@ -8,7 +8,7 @@ use knib_qcow::Source as _;
 use super::{Options, RestoreError};
 use crate::chain::restore::{BackupNow, HostNow, Room, VmNow};
 use crate::hypervisor::xml::{self, Fate};
-use crate::hypervisor::{Definition, Guest, Hypervisor, ImageRef, Power};
+use crate::hypervisor::{Definition, Guest, Hypervisor, ImageRef, Power, identity};
 use crate::ops::disk_source::DiskSource;
 use crate::ops::hypervisor::{host_trouble, is_block, same_file, target};
 use crate::store::manifest::{Disk, ImageFormat, Manifest};
@@ -64,7 +64,7 @@ pub(super) fn lies(record: &VmRecord, guest: &Guest, volume: &Volume) -> Option<
     let layers: Vec<Layer> = chain
         .into_iter()
         .map(|image| {
-            let seen = std::fs::metadata(&image.path).map(|m| (m.dev(), m.ino())).ok();
+            let seen = identity(&image.path);
             let was = left
                 .iter()
                 .find(|i| i.path == image.path && seen.is_none_or(|seen| seen == (i.device, i.inode)));
