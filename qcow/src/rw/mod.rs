@@ -223,12 +223,13 @@ impl ImageMut {
 
     /// Gives a cluster that will be written whole its place on the host.
     fn place_whole(&mut self, index: u64) -> Result<u64> {
-        let entry = self.entry(index)?;
-        let old = if self.header.extended_l2() {
+        let (entry, old) = if self.header.extended_l2() {
             // A bitmap that contradicts itself is damage for those too who write all of the cluster, as for QEMU.
-            self.subclusters(index)?.old
+            let now = self.subclusters(index)?;
+            (now.entry, now.old)
         } else {
-            self.decode(index, entry)?
+            let entry = self.entry(index)?;
+            (entry, self.decode(index, entry)?)
         };
         let host = match old {
             L2::Data(host) | L2::Zero { allocated: Some(host) } if self.exclusive(index, entry, host)? => {

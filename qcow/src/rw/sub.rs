@@ -13,7 +13,7 @@ pub(super) const ALL_ALLOCATED: u64 = 0xffff_ffff;
 
 /// What a cluster holds by subclusters; a compressed one holds all of them.
 pub(super) struct Subclusters {
-    entry: Entry,
+    pub(super) entry: Entry,
     pub(super) old: L2,
     allocated: u32,
     zero: u32,
