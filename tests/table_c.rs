@@ -7,11 +7,11 @@ mod common;
 
 use std::path::{Path, PathBuf};
 
-use common::guest::{Disk, Guest, other_uri, uri};
-use common::lab::{Lab, tool};
+use common::guest::{Guest, other_uri, uri};
+use common::lab::tool;
 use common::qemu_images::qemu_img;
 use common::sound::chain;
-use common::table::{DISKS, Table};
+use common::table::Table;
 
 /// The kinds of a backup's disks, and the reason of one.
 fn kinds(table: &Table, backup: &str) -> Vec<(String, String)> {
@@ -140,17 +140,8 @@ fn files(guest: &Guest, disk: &str) -> Vec<String> {
 fn rows_17_to_21() {
     let ports: String =
         (1..=12).map(|n| format!("<controller type='pci' index='{n}' model='pcie-root-port'/>")).collect();
-    let guest = Guest::new("table-c17")
-        .disk("vda", Disk::qcow2("64M"))
-        .disk("vdb", Disk::raw("64M"))
-        .devices(&format!("<controller type='pci' index='0' model='pcie-root'/>{ports}"))
-        .with_system()
-        .start();
-    let lab = Lab::at(guest.dir()).init();
-    lab.ok(&["vm", "add", "web1", "--domain", guest.name(), "--uri", uri()]);
-    guest.wait_for_agent();
-    DISKS.iter().for_each(|disk| guest.mkfs(disk));
-    let table = Table { guest, lab };
+    let table =
+        Table::with("table-c17", &format!("<controller type='pci' index='0' model='pcie-root'/>{ports}"));
     let (guest, lab) = (&table.guest, &table.lab);
     let backup = || lab.ok(&["backup", "web1"]);
     let virsh = |arguments: &[&str]| tool("virsh", &[&["-q", "-c", uri()], arguments].concat());

@@ -18,9 +18,15 @@ pub struct Table {
 impl Table {
     /// It runs, with a file system on each disk.
     pub fn new(test: &str) -> Self {
+        Self::with(test, "")
+    }
+
+    /// The same with devices of its own besides, in libvirt's XML.
+    pub fn with(test: &str, devices: &str) -> Self {
         let guest = Guest::new(test)
             .disk("vda", Disk::qcow2("64M"))
             .disk("vdb", Disk::raw("64M"))
+            .devices(devices)
             .with_system()
             .start();
         let lab = Lab::at(guest.dir()).init();
