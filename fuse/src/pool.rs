@@ -44,10 +44,15 @@ impl Pool {
 
     /// Has it done soon; gives it back when there is no thread for it, now or later.
     pub fn run(&self, job: Job) -> Result<(), Job> {
-        if self.most == 0 {
+        self.run_within(usize::MAX, job)
+    }
+
+    /// The same; it is given back, too, where so many wait already.
+    pub fn run_within(&self, most_waiting: usize, job: Job) -> Result<(), Job> {
+        let mut queue = self.shared.queue.lock();
+        if self.most == 0 || queue.jobs.len() >= most_waiting {
             return Err(job);
         }
-        let mut queue = self.shared.queue.lock();
         // A thread that is busy will come to it, if there is one.
         if queue.idle <= queue.jobs.len() && !self.start_one() && self.threads.lock().is_empty() {
             return Err(job);
@@ -132,6 +137,23 @@ mod tests {
         assert_eq!(pool.threads.lock().len(), 8);
         drop(pool);
         assert_eq!(done.load(Ordering::Relaxed), 109);
+    }
+
+    #[test]
+    fn where_enough_wait_the_job_is_given_back() {
+        let pool = Pool::new("test", 1);
+        let (busy, go_on) = (Arc::new(Barrier::new(2)), Arc::new(Barrier::new(2)));
+        let (its_busy, its_go_on) = (busy.clone(), go_on.clone());
+        let long = move || {
+            its_busy.wait();
+            its_go_on.wait();
+        };
+        assert!(pool.run_within(1, Box::new(long)).is_ok());
+        busy.wait();
+        assert!(pool.run_within(1, Box::new(|| {})).is_ok());
+        assert!(pool.run_within(1, Box::new(|| {})).is_err());
+        assert!(pool.run(Box::new(|| {})).is_ok());
+        go_on.wait();
     }
 
     #[test]

@@ -13,7 +13,7 @@ use proptest::prelude::*;
 
 fn file(source: &Arc<MemorySource>, limit: usize) -> (BlockFile, Arc<BlockCache>) {
     let cache = BlockCache::new(limit);
-    (BlockFile::new(source.clone(), cache.clone(), ReadAhead::start().unwrap()), cache)
+    (BlockFile::new(source.clone(), cache.clone(), ReadAhead::start()), cache)
 }
 
 fn kinds() -> impl Strategy<Value = Vec<Kind>> {

@@ -38,7 +38,7 @@ impl Mounted {
         source.damaged.extend([20, 21]);
         let source = Arc::new(source);
         let cache = BlockCache::new(8 << 20);
-        let disk = BlockFile::new(source.clone(), cache.clone(), ReadAhead::start().unwrap());
+        let disk = BlockFile::new(source.clone(), cache.clone(), ReadAhead::start());
         tree.add(Ino::ROOT, "disk.raw", Node::File(Arc::new(disk), 48 * CLUSTER));
         tree.add(Ino::ROOT, "panics", Node::File(Arc::new(Panics), 0));
         tree.add(Ino::ROOT, "latest", Node::Link("many/name-7".into()));

@@ -63,7 +63,7 @@ impl StoreTree {
         Ok(Self {
             catalog: Catalog::new(store.clone(), reader.damage().clone()),
             met: Mutex::default(),
-            disks: Disks::start(store.clone(), reader.clone(), blocks.clone(), ReadAhead::start()?)?,
+            disks: Disks::start(store.clone(), reader.clone(), blocks.clone(), ReadAhead::start())?,
             reader,
             blocks,
             counters: Arc::default(),
