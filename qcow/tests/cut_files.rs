@@ -7,7 +7,7 @@ mod common;
 use std::path::Path;
 use std::sync::Arc;
 
-use common::volatile::{Volatile, every_cut, every_cut_of};
+use common::volatile::{Volatile, WorkOnFiles, every_cut, every_cut_of};
 use common::{content, qemu_img, qemu_io, quiet, report_of, s, shown, temp};
 use knib_qcow::{
     Access, Before, Chain, ChainSource, Compression, CompressionType, CreateOptions, Error, Format, Gate,
@@ -169,6 +169,59 @@ fn a_disk_in_an_external_data_file_shows_what_was_or_what_is_to_be() {
             });
             let (shows, clean) = show(end);
             assert!(clean && shows == new, "{options}, work {n}: not durable at the end");
+        }
+    }
+}
+
+#[test]
+fn layers_of_which_one_has_an_external_data_file_show_the_same_while_they_are_merged_and_moved() {
+    let (_dir, at) = temp();
+    let names = ["top", "image", "data", "base", "other"];
+    for options in ["cluster_size=4k", "cluster_size=16k,extended_l2=on"] {
+        let path = |name: &str| s(&at(name)).to_owned();
+        qemu_img(&["create", "-q", "-f", "raw", &path("base"), "200k"]);
+        qemu_io(&at("base"), &["write -P 1 0 120k"]);
+        qemu_img(&["create", "-q", "-f", "raw", &path("other"), "150k"]);
+        qemu_io(&at("other"), &["write -P 1 0 40k", "write -P 9 100k 50k"]);
+        let apart = format!("{options},data_file={}", path("data"));
+        let over = ["create", "-q", "-f", "qcow2", "-b"];
+        qemu_img(&[&over[..], &[&path("base"), "-F", "raw", "-o", &apart, &path("image"), "250k"]].concat());
+        qemu_io(&at("image"), &["write -P 2 30k 40k", "write -z 90k 20k", "write -P 3 240k 10k"]);
+        qemu_img(&[&over[..], &[&path("image"), "-F", "qcow2", "-o", options, &path("top")]].concat());
+        qemu_io(&at("top"), &["write -P 4 20k 30k", "write -z 64k 10k", "write -P 5 180k 66k"]);
+        let models = ["top", "image"].map(|name| content(&at(name), Format::Qcow2));
+        qemu_img(&["rebase", "-u", "-b", "image", "-F", "qcow2", &path("top")]);
+        qemu_img(&["rebase", "-u", "-b", "base", "-F", "raw", &path("image")]);
+        qemu_img(&["amend", "-f", "qcow2", "-o", "data_file=data", &path("image")]);
+        let start: Vec<(&str, Vec<u8>)> = names.map(|n| (n, std::fs::read(at(n)).unwrap())).into();
+        let commit = |files: &[Arc<Volatile>], from: usize, into: usize, format| {
+            let gate = shelf(files);
+            let chain = Chain::from_storage(files[from].clone(), Format::Qcow2, &gate)?;
+            quiet(|c| commit_layers(&chain, 1, files[into].clone(), format, &gate, c))?;
+            ImageMut::open_over(files[from].clone(), &gate, None)?.make_empty()
+        };
+        let move_to = |files: &[Arc<Volatile>], to| {
+            quiet(|c| knib_qcow::rebase(files[1].clone(), to, None, &shelf(files), c))
+        };
+        // With the number of the image that is to show the same.
+        let works: [(usize, WorkOnFiles); 4] = [
+            (0, &|files| commit(files, 0, 1, Format::Qcow2)),
+            (1, &|files| commit(files, 1, 3, Format::Raw)),
+            (1, &|files| move_to(files, Some(("other", Format::Raw)))),
+            (1, &|files| move_to(files, None)),
+        ];
+        for (n, (shown, work)) in works.into_iter().enumerate() {
+            let judge = |files: Vec<Vec<u8>>, when: &str| {
+                let (files, gate) = survivors(&names, files);
+                let clean = [0, 1].map(|n| sound(files[n].clone(), &gate));
+                let shows = seen(files[shown].clone(), Format::Qcow2, &gate);
+                assert!(shows == models[shown], "{options}, work {n}, {when}");
+                clean == [true, true]
+            };
+            let end = every_cut_of(&start, work, &mut |cut, files| {
+                judge(files, &format!("cut {cut}"));
+            });
+            assert!(judge(end, "not durable at the end"), "{options}, work {n}: a leak");
         }
     }
 }

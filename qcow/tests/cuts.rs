@@ -11,7 +11,8 @@ use common::volatile::{Volatile, every_cut};
 use common::{content, qemu_img, qemu_io, quiet, report_of, s, shown, temp};
 use knib_qcow::codec::Compressor;
 use knib_qcow::{
-    Compression, Error, Format, Gate, ImageMut, Implicit, PlainPaths, Preallocation, Storage, rebase,
+    Compression, CompressionType, Error, Format, Gate, Header, ImageMut, Implicit, PlainPaths, Preallocation,
+    Storage, rebase,
 };
 
 const KINDS: [&str; 4] = [
@@ -222,9 +223,11 @@ fn a_safe_rebase_shows_the_same_at_every_cut() {
         qemu_img(&["rebase", "-u", "-b", "base", "-F", "qcow2", s(&top)]);
         let start = std::fs::read(&top).unwrap();
         let shelf = Shelf(vec![("base", base), ("other", other)]);
-        for to in [None, Some("other")] {
+        // The image's own codec is taken, whatever is asked for.
+        let compressed = Compression { kind: CompressionType::Deflate, level: 1 };
+        for (to, compression) in [(None, None), (Some("other"), None), (Some("other"), Some(compressed))] {
             let work = |storage: Arc<dyn Storage>| {
-                quiet(|c| rebase(storage, to.map(|n| (n, Format::Qcow2)), None, &shelf, c))
+                quiet(|c| rebase(storage, to.map(|n| (n, Format::Qcow2)), compression, &shelf, c))
             };
             let shows = |bytes: Vec<u8>| {
                 let storage = Volatile::new(bytes, u64::MAX);
@@ -235,10 +238,12 @@ fn a_safe_rebase_shows_the_same_at_every_cut() {
                 chain.read_at(&mut bytes, 0).unwrap();
                 bytes
             };
+            let what = format!("{options} onto {to:?}, {compression:?}");
             let end = every_cut(&start, &work, &mut |cut, survivor| {
-                assert!(shows(survivor) == model, "{options} onto {to:?}, cut {cut}");
+                assert!(shows(survivor) == model, "{what}, cut {cut}");
             });
-            assert!(shows(end) == model, "{options} onto {to:?}");
+            assert!(Header::parse(&*Volatile::new(end.clone(), u64::MAX)).unwrap().backing.as_deref() == to);
+            assert!(shows(end) == model, "{what}");
         }
     }
 }
