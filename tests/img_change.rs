@@ -52,6 +52,22 @@ fn damaged_refcounts_are_repaired_and_told_alike() {
         bench.qemu_img(&["check", "-q", "hurt.qcow2"]);
         assert!(bench.guest("qcow2", "hurt.qcow2") == wanted);
     }
+    // A copied flag that is wrong by itself is put right with the leaks, of which there may be none.
+    for (count, how) in [(1, "leaks"), (2, "leaks"), (2, "all")] {
+        std::fs::copy(bench.path("base.qcow2"), bench.path("hurt.qcow2")).unwrap();
+        let file = std::fs::OpenOptions::new().write(true).open(bench.path("hurt.qcow2")).unwrap();
+        file.write_all_at(&[0, 0], l2 as u64).unwrap();
+        file.write_all_at(&[0, count], block as u64 + 12).unwrap();
+        drop(file);
+        let line = ["check", "-r", how, "hurt.qcow2"];
+        let said = format!("    {} leaked clusters\n    1 corruptions\n", count - 1);
+        let (theirs, _) = img_support::theirs(&line, bench.copy().dir.path());
+        assert!(theirs.code == Some(0) && theirs.stdout.contains(&said), "{}", theirs.stdout);
+        let text = bench.img(&line);
+        assert!(text.contains(&said), "{count}, {how}: {text}");
+        bench.qemu_img(&["check", "-q", "hurt.qcow2"]);
+        assert!(bench.guest("qcow2", "hurt.qcow2") == wanted, "{count}, {how}");
+    }
 }
 
 #[test]

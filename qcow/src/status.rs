@@ -219,8 +219,19 @@ impl Layer {
         };
         if h.extended_l2() && !compressed {
             let bit = 1u32 << (within / (h.cluster_size() / 32));
-            zero = (word(1) >> 32) as u32 & bit != 0;
-            data = !zero && word(1) as u32 & bit != 0;
+            let (allocated, zeros) = (word(1) as u32, (word(1) >> 32) as u32);
+            let wrong = match host {
+                _ if allocated & zeros != 0 => Some("that are allocated and zero"),
+                None if allocated != 0 => Some("that are allocated without a cluster"),
+                _ => None,
+            };
+            if let Some(wrong) = wrong {
+                let index = at >> h.cluster_bits;
+                let what = format!("guest cluster {index} has subclusters {wrong}");
+                return Err(Error::damaged(self.storage.path(), what));
+            }
+            zero = zeros & bit != 0;
+            data = allocated & bit != 0;
         }
         let present = zero || data;
         Ok(Status { len: 0, depth: 0, present, zero, data, compressed, offset: host.map(|h| h + within) })

@@ -9,8 +9,8 @@ use std::sync::{Arc, Mutex};
 use common::exercise::{Memory, change, look};
 use common::{Random, content, qemu_img, qemu_io, report_of, s, temp};
 use knib_qcow::{
-    Access, Chain, Error, FileStorage, Format, Gate, Header, ImageMut, Implicit, NoImplicit, PlainPaths,
-    Storage, bitmap, chain::MAX_DEPTH, snapshot,
+    Access, Chain, Error, FileStorage, Format, Gate, Header, ImageMut, Implicit, Layers, NoImplicit,
+    PlainPaths, Storage, bitmap, chain::MAX_DEPTH, snapshot,
 };
 
 /// A small image by our own hand, clusters of 512 bytes: header, refcount table, refcount block, L1, L2, then data.
@@ -390,6 +390,10 @@ fn a_subcluster_that_is_allocated_and_zero_is_damage_to_whoever_comes_to_it() {
         let chain = Chain::from_storage(Memory::new(&bytes), Format::Qcow2, &NoImplicit).unwrap();
         let error = chain.read_at(&mut [0; 100], start + 5000).unwrap_err().to_string();
         assert!(error.contains(says) && error.contains("hostile"), "{error}");
+        let layers = Layers::from_storage(Memory::new(&bytes), Format::Qcow2, &NoImplicit).unwrap();
+        let mapped = layers.status_at(start + 5000, start + 16384);
+        // QEMU does not look at the bitmap of a compressed cluster when it maps it.
+        assert_eq!(mapped.is_err(), cluster != 4, "{mapped:?}");
         let found = report_of(Memory::new(&bytes)).unwrap();
         assert_eq!(found.corruptions, 1, "{:?}", found.messages);
         let works: [Work; 4] = [

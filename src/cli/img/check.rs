@@ -76,8 +76,11 @@ fn run(given: &Given) -> Done {
         Some(what) => {
             // What only needs space given back keeps its refcounts where they are.
             let mut repaired = knib_qcow::repair(opened.storage.clone(), Repair::Leaks, &control)?;
-            if what == Repair::All && repaired.after.corruptions > 0 {
-                repaired.after = knib_qcow::repair(opened.storage.clone(), what, &control)?.after;
+            // Where only copied flags are wrong `-r leaks` puts them right too, as QEMU does.
+            let left = &repaired.after;
+            let flags = if left.leaks == 0 && left.corruptions == left.flags { left.flags } else { 0 };
+            if what == Repair::All && left.corruptions > 0 || flags > 0 {
+                repaired.after = knib_qcow::repair(opened.storage.clone(), Repair::All, &control)?.after;
             }
             for message in &repaired.before.messages {
                 warn(message);
@@ -88,7 +91,7 @@ fn run(given: &Given) -> Done {
                     repaired.after.uncounted
                 )));
             }
-            let fixed = Fixed::of(&repaired.before, &repaired.after);
+            let fixed = Fixed::of(&repaired.before, &repaired.after, flags);
             (repaired.after, Some(fixed).filter(|f| f.leaks > 0 || f.corruptions > 0))
         }
     };
@@ -128,12 +131,13 @@ struct Fixed {
 }
 
 impl Fixed {
-    fn of(before: &Report, after: &Report) -> Self {
+    /// `flags` are the flags that were wrong by themselves.
+    fn of(before: &Report, after: &Report, flags: u64) -> Self {
         let leaks = before.leaks.saturating_sub(after.leaks);
         let mut corruptions = before.corruptions.saturating_sub(after.corruptions);
         // A flag that was wrong because of its refcount is right once that is.
         if leaks > 0 || corruptions > before.flags {
-            corruptions = corruptions.saturating_sub(before.flags);
+            corruptions = corruptions.saturating_sub(before.flags.saturating_sub(flags));
         }
         Self { leaks, corruptions }
     }
