@@ -125,6 +125,14 @@ fn writes_over_parts_of_clusters_of_every_sort() {
 fn space_that_is_allocated_ahead() {
     for how in [Preallocation::Metadata, Preallocation::Full] {
         cut_everywhere("preallocation", &|image| image.preallocate(0..SIZE, how));
+        // It is there on return, with no flush by the caller.
+        let (_dir, at) = temp();
+        let storage = Volatile::new(image(&at("a.qcow2"), KINDS[0]), u64::MAX);
+        ImageMut::open(storage.clone(), &PlainPaths).unwrap().preallocate(0..SIZE, how).unwrap();
+        let found = report_of(Volatile::new(storage.durable(), u64::MAX)).unwrap();
+        assert!(found.is_clean());
+        // All but the 32 KiB that read as zeros by a flag.
+        assert_eq!(found.usage.allocated, found.usage.total - (32 << 10) / 512);
     }
 }
 
