@@ -167,17 +167,17 @@ impl Tuned {
     }
 }
 
-/// Level 7 of deflate means 9 for a cluster whose last neighbour shrank little, and 6 for the others, whatever its size.
+/// Level 7 of deflate means 9 for a cluster whose last neighbour shrank little, and 5 for the others, whatever its size.
 /// Level 9 alone also takes matches of three bytes. Where literals are long they make the file 2–4 % smaller; where there
-/// is much to find they gain next to nothing. On the files of a Debian system the mixture takes no more time than level 7
-/// throughout, and the file is 1 % smaller.
+/// is much to find they gain next to nothing. On the files of a Debian system the mixture takes a tenth less time than
+/// level 7 throughout, and the file is 0.6 % smaller.
 struct Finer {
     deflate: Compress,
     next: bool,
 }
 
 /// From this share of a cluster (in percent) on, what it shrank to has the next one compressed at level 9.
-const FINER: usize = 35;
+const FINER: usize = 45;
 
 fn deflate(level: u32) -> Compress {
     Compress::new_with_window_bits(Level::new(level), false, WINDOW_BITS)
@@ -191,7 +191,7 @@ impl Compressor {
         let zstd = if is_zstd { context(&[level])? } else { CCtx::create() };
         let tuned = (is_zstd && how.level == 3).then(Tuned::new).transpose()?;
         let finer = (!is_zstd && how.level == 7).then(|| Finer { deflate: deflate(9), next: false });
-        let deflate = deflate(if finer.is_some() { 6 } else { how.level.min(9) });
+        let deflate = deflate(if finer.is_some() { 5 } else { how.level.min(9) });
         Ok(Self { how, zstd, tuned, deflate, finer })
     }
 

@@ -3,7 +3,7 @@
 use std::ops::{Deref, DerefMut};
 
 /// A size of pages that all usual machines have, in bytes.
-const PAGE: usize = 4096;
+pub(crate) const PAGE: usize = 4096;
 
 /// Bytes that begin where a page of memory does. Reading a file out of the page cache copies pages; on some processors
 /// (AMD's, measured) that takes five times as long where the target begins a few bytes further into a page than the source, which is

@@ -2,10 +2,11 @@
 
 use std::fs::{File, OpenOptions};
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd};
-use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock};
 
 use crate::lock::{self, Locking};
 use crate::{Error, Result};
@@ -26,6 +27,15 @@ pub trait Storage: Send + Sync {
     fn set_len(&self, len: u64) -> io::Result<()>;
     /// Makes all that was written durable.
     fn sync(&self) -> io::Result<()>;
+    /// Whether [`Storage::write_past_cache`] does what its name says.
+    fn writes_past_cache(&self) -> bool {
+        false
+    }
+    /// Writes all of `buf` without leaving it in the page cache, where the system can do that with this piece: its address,
+    /// length and offset are multiples of 4096. Not durable before [`Storage::sync`] either.
+    fn write_past_cache(&self, buf: &[u8], offset: u64) -> io::Result<()> {
+        self.write_at(buf, offset)
+    }
     /// Asks the system to begin with writing a range to the device, without waiting: less is left for [`Storage::sync`].
     fn begin_write_back(&self, offset: u64, len: u64) {
         let _ = (offset, len);
@@ -74,6 +84,10 @@ pub struct FileStorage {
     file: File,
     path: PathBuf,
     block_device: bool,
+    /// The same file without the page cache, once it was asked for and unless that failed.
+    direct: OnceLock<Option<File>>,
+    /// A write that way failed, and no more are tried.
+    direct_failed: AtomicBool,
 }
 
 impl FileStorage {
@@ -115,7 +129,30 @@ impl FileStorage {
             ));
         }
         locking.take(&file, path)?;
-        Ok(Arc::new(Self { file, path: path.to_owned(), block_device }))
+        Ok(Arc::new(Self {
+            file,
+            path: path.to_owned(),
+            block_device,
+            direct: OnceLock::new(),
+            direct_failed: AtomicBool::new(false),
+        }))
+    }
+
+    fn direct(&self) -> Option<&File> {
+        if self.direct_failed.load(Ordering::Relaxed) {
+            return None;
+        }
+        let open = || {
+            let flags = rustix::fs::fcntl_getfl(&self.file).ok()?;
+            if !flags.contains(rustix::fs::OFlags::RDWR) {
+                return None;
+            }
+            // By the descriptor: the path may lead elsewhere by now.
+            let same = format!("/proc/self/fd/{}", self.file.as_raw_fd());
+            let flags = rustix::fs::OFlags::DIRECT.bits() as i32;
+            OpenOptions::new().write(true).custom_flags(flags).open(same).ok()
+        };
+        self.direct.get_or_init(open).as_ref()
     }
 
     /// Whether it is a block device, whose length is fixed.
@@ -168,6 +205,22 @@ impl Storage for FileStorage {
 
     fn sync(&self) -> io::Result<()> {
         self.file.sync_data()
+    }
+
+    fn writes_past_cache(&self) -> bool {
+        self.direct().is_some()
+    }
+
+    fn write_past_cache(&self, buf: &[u8], offset: u64) -> io::Result<()> {
+        match self.direct().map(|file| file.write_all_at(buf, offset)) {
+            Some(Ok(())) => Ok(()),
+            Some(Err(_)) => {
+                // File systems differ in what they take that way. An error that is one comes up again.
+                self.direct_failed.store(true, Ordering::Relaxed);
+                self.write_at(buf, offset)
+            }
+            None => self.write_at(buf, offset),
+        }
     }
 
     fn begin_write_back(&self, offset: u64, len: u64) {

@@ -8,7 +8,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use common::volatile::{Volatile, WorkOnFiles, every_cut, every_cut_of};
-use common::{content, qemu_img, qemu_io, quiet, report_of, s, shown, temp};
+use common::{Random, content, qemu_img, qemu_io, quiet, report_of, s, shown, temp};
 use knib_qcow::{
     Access, Before, Chain, ChainSource, Compression, CompressionType, CreateOptions, Error, Format, Gate,
     Header, ImageMut, Implicit, NewImage, NoImplicit, NoObserver, Preallocation, Sink, Storage,
@@ -240,17 +240,30 @@ fn an_image_in_the_making_is_none_or_whole() {
     guest[50_000..150_000].fill(9);
     std::fs::write(at("guest"), &guest).unwrap();
     let from = Chain::open(&at("guest"), Format::Raw, &NoImplicit).unwrap();
+    // Enough to be written past the page cache, beside the work.
+    let mut random = Random(7);
+    let large: Vec<u8> = (0..5 << 20).map(|_| random.below(256) as u8).collect();
+    std::fs::write(at("large"), &large).unwrap();
+    let from_large = Chain::open(&at("large"), Format::Raw, &NoImplicit).unwrap();
     let options = CreateOptions { size: 300 << 10, cluster_bits: 9, ..CreateOptions::default() };
-    let written = |compression| NewImage { size: from.size(), cluster_bits: 12, compression, backing: None };
+    let written = |from: &Chain, compression| NewImage {
+        size: from.size(),
+        cluster_bits: 12,
+        compression,
+        backing: None,
+    };
     let zstd = Compression { kind: CompressionType::Zstd, level: 3 };
-    let fill = |dest: Arc<dyn Storage>, new: NewImage| {
-        quiet(|c| write_image(dest, &new, &ChainSource::whole(&from, 4096), &NoObserver, c)).map(|_| ())
+    let fill = |dest: Arc<dyn Storage>, from: &Chain, compression| {
+        let new = written(from, compression);
+        quiet(|c| write_image(dest, &new, &ChainSource::whole(from, 4096), &NoObserver, c)).map(|_| ())
     };
     type Make<'a> = (&'a dyn Fn(Arc<dyn Storage>) -> Result<(), Error>, Vec<u8>, bool);
-    let works: [Make; 3] = [
+    let works: [Make; 5] = [
         (&|dest| create_with(dest, &options), vec![0; 300 << 10], true),
-        (&|dest| fill(dest, written(None)), guest.clone(), false),
-        (&|dest| fill(dest, written(Some(zstd))), guest.clone(), false),
+        (&|dest| fill(dest, &from, None), guest.clone(), false),
+        (&|dest| fill(dest, &from, Some(zstd)), guest.clone(), false),
+        (&|dest| fill(dest, &from_large, None), large.clone(), false),
+        (&|dest| fill(dest, &from_large, Some(zstd)), large.clone(), false),
     ];
     for (n, (work, want, over_another)) in works.into_iter().enumerate() {
         for before in [Vec::new(), old.clone()].into_iter().take(1 + usize::from(over_another)) {

@@ -16,7 +16,7 @@ use parking_lot::Mutex;
 use crate::entry::{COPIED, L2};
 use crate::writer::clusters::{Kind, Made, Maker};
 use crate::writer::head::header;
-use crate::writer::write_back::WriteBack;
+use crate::writer::write_behind::WriteBehind;
 use crate::writer::{Control, NewImage, Observer, Place, Source, Written, pipeline};
 use crate::{Error, Result, Storage};
 
@@ -39,7 +39,7 @@ pub fn write_image<S: Source, O: Observer>(
     control: &Control,
 ) -> Result<Written> {
     std::thread::scope(|scope| {
-        let mut layout = Layout::new(&*dest, new, WriteBack::new(scope, &dest))?;
+        let mut layout = Layout::new(&*dest, new, WriteBehind::new(scope, &dest))?;
         let maker = Maker { source, observer, new, path: dest.path(), spare: Mutex::default() };
         let bytes = if new.compression.is_some() { pipeline::JOB_BYTES } else { pipeline::COPY_BYTES };
         pipeline::run(
@@ -70,7 +70,7 @@ struct Layout<'a, D> {
     refcounts: Vec<u16>,
     /// Next free byte of the file.
     at: u64,
-    write_back: WriteBack,
+    behind: WriteBehind<'a>,
     /// Plain clusters without a place, in guest order.
     held: Vec<u8>,
     /// The first of them and all that follow it: what has its place is told in guest order.
@@ -86,7 +86,7 @@ struct Row {
 }
 
 impl<'a, D> Layout<'a, D> {
-    fn new(dest: &'a dyn Storage, new: &NewImage, write_back: WriteBack) -> Result<Self> {
+    fn new(dest: &'a dyn Storage, new: &NewImage, behind: WriteBehind<'a>) -> Result<Self> {
         if !(9..=21).contains(&new.cluster_bits) {
             return Err(Error::unsupported(dest.path(), "clusters must be of 512 B to 2 MiB"));
         }
@@ -108,7 +108,7 @@ impl<'a, D> Layout<'a, D> {
             table_numbers: Vec::new(),
             refcounts: vec![1],
             at: cluster,
-            write_back,
+            behind,
             held: Vec::new(),
             waiting: VecDeque::new(),
             written: Written::default(),
@@ -118,7 +118,10 @@ impl<'a, D> Layout<'a, D> {
     fn add<O: Observer<Digest = D>>(&mut self, made: &mut Made<D>, observer: &O) -> Result<()> {
         let mut row = Row::default();
         for (index, kind, digest) in made.clusters.drain(..) {
-            self.enter(index, observer)?;
+            if self.enters(index) {
+                self.end_row(&made.bytes, &mut row)?;
+                self.enter(index, observer)?;
+            }
             let place = match kind {
                 Kind::Zero => Some(Place::Zero),
                 Kind::Plain(bytes) if self.held.is_empty() && self.at.is_multiple_of(self.cluster) => {
@@ -141,21 +144,36 @@ impl<'a, D> Layout<'a, D> {
                 place => self.waiting.push_back((index, place, digest)),
             }
             if self.is_time() {
+                self.end_row(&made.bytes, &mut row)?;
                 self.place_held(observer)?;
             }
         }
-        self.write(row.host, made.bytes.get(row.bytes).unwrap_or_default())
+        self.end_row(&made.bytes, &mut row)
     }
 
-    /// Before a cluster: where a part of the guest or an L2 table ends, nothing may be held back any longer.
-    fn enter<O: Observer<Digest = D>>(&mut self, index: u64, observer: &O) -> Result<()> {
+    /// Writes a job's row before what comes behind it in the file.
+    fn end_row(&mut self, all: &[u8], row: &mut Row) -> Result<()> {
+        let row = std::mem::take(row);
+        self.write(row.host, all.get(row.bytes).unwrap_or_default())
+    }
+
+    /// Whether a part of the guest or an L2 table ends before a cluster.
+    fn enters(&self, index: u64) -> bool {
         let per_span = (SPAN >> self.cluster_bits).max(1);
-        if self.waiting.front().is_some_and(|(first, ..)| first / per_span != index / per_span) {
-            self.place_held(observer)?;
-        }
-        let table = (index / (self.cluster / 8)) as usize;
+        self.waiting.front().is_some_and(|(first, ..)| first / per_span != index / per_span)
+            || self.l2.as_ref().is_none_or(|(t, _)| *t != self.table_of(index))
+    }
+
+    /// The number of the L2 table over a cluster.
+    fn table_of(&self, index: u64) -> usize {
+        (index / (self.cluster / 8)) as usize
+    }
+
+    /// Before a cluster where one of them ends: nothing may be held back any longer.
+    fn enter<O: Observer<Digest = D>>(&mut self, index: u64, observer: &O) -> Result<()> {
+        self.place_held(observer)?;
+        let table = self.table_of(index);
         if self.l2.as_ref().is_none_or(|(t, _)| *t != table) {
-            self.place_held(observer)?;
             self.end_l2(observer)?;
             self.l2 = Some((table, vec![0; (self.cluster / 8) as usize]));
         }
@@ -233,7 +251,7 @@ impl<'a, D> Layout<'a, D> {
         if row.bytes.end == bytes.start && row.host + row.bytes.len() as u64 == offset {
             row.bytes.end = bytes.end;
         } else {
-            self.write(row.host, all.get(row.bytes.clone()).unwrap_or_default())?;
+            self.end_row(all, row)?;
             *row = Row { host: offset, bytes };
         }
         self.at += len;
@@ -260,10 +278,7 @@ impl<'a, D> Layout<'a, D> {
         if bytes.is_empty() {
             return Ok(());
         }
-        let doing = || format!("writing {} bytes at {offset}", bytes.len());
-        self.dest.write_at(bytes, offset).map_err(|e| Error::io(self.dest.path(), doing(), e))?;
-        self.write_back.wrote(offset, bytes.len() as u64);
-        Ok(())
+        self.behind.write(bytes, offset)
     }
 
     /// Appends metadata at a cluster of its own.
@@ -320,8 +335,10 @@ impl<'a, D> Layout<'a, D> {
         zero[..header.len()].copy_from_slice(&header);
         // All else must be there before the header says so.
         let sync = |e| Error::io(self.dest.path(), "syncing", e);
+        self.behind.flush()?;
         self.dest.sync().map_err(sync)?;
         self.write(0, &zero)?;
+        self.behind.flush()?;
         observer.metadata(0, &zero)?;
         self.dest.sync().map_err(sync)?;
         Ok(Written { file_len: self.at, ..self.written })

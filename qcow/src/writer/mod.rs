@@ -7,7 +7,7 @@ mod layout;
 pub(crate) mod pipeline;
 mod raw;
 mod source;
-pub(crate) mod write_back;
+pub(crate) mod write_behind;
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};

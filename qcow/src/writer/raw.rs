@@ -7,7 +7,7 @@ use std::sync::Arc;
 use parking_lot::Mutex;
 
 use crate::writer::pipeline::{self, Jobs};
-use crate::writer::write_back::WriteBack;
+use crate::writer::write_behind::WriteBehind;
 use crate::writer::{Control, Run, Source};
 use crate::{Error, PageBuf, Result, Storage};
 
@@ -35,14 +35,13 @@ pub fn write_raw<S: Source>(dest: Arc<dyn Storage>, size: u64, source: &S, contr
         Ok((run.start, buf, rows))
     };
     std::thread::scope(|scope| {
-        let mut write_back = WriteBack::new(scope, &dest);
+        let mut behind = WriteBehind::new(scope, &dest);
         let mut written = 0;
         let take = |(start, buf, rows): (u64, PageBuf, Vec<Range<usize>>)| {
             for row in rows {
                 let (at, bytes) = (start + row.start as u64, buf.get(row).unwrap_or_default());
-                dest.write_at(bytes, at).map_err(io("writing"))?;
+                behind.write(bytes, at)?;
                 written += bytes.len() as u64;
-                write_back.wrote(at, bytes.len() as u64);
             }
             if !buf.is_empty() {
                 spare.lock().push(buf);
@@ -51,6 +50,7 @@ pub fn write_raw<S: Source>(dest: Arc<dyn Storage>, size: u64, source: &S, contr
         };
         let jobs = Jobs { cluster: BLOCK, bytes: pipeline::COPY_BYTES };
         pipeline::run(source, jobs, control, || Ok(()), make, take)?;
+        behind.flush()?;
         dest.sync().map_err(io("syncing"))?;
         Ok(written)
     })
