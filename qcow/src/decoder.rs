@@ -1,12 +1,11 @@
 //! Decompression for readers that verified the stored bytes by a checksum of their own: only as far into a cluster as
 //! they need, and without the codec's own checksum.
 
-use flate2::Decompress;
 use parking_lot::Mutex;
 use zstd::zstd_safe::{DCtx, DParameter, InBuffer, OutBuffer, ResetDirective, get_error_name};
 
 use crate::CompressionType;
-use crate::codec::inflate;
+use crate::codec::Inflate;
 
 /// Contexts that nobody uses. The last one given back, which lies in the processor's cache, is the next one taken,
 /// whichever thread works.
@@ -33,17 +32,24 @@ impl<T> Pool<T> {
 }
 
 static ZSTD: Pool<DCtx<'static>> = Pool::new();
-static INFLATE: Pool<Decompress> = Pool::new();
+static INFLATE: Pool<Inflate> = Pool::new();
 
-/// Decompresses the first `out.len()` bytes of a cluster; what follows them in `input` may be anything. The error is the
-/// reason.
-pub fn decompress_verified(kind: CompressionType, input: &[u8], out: &mut [u8]) -> Result<(), String> {
+/// Decompresses the first `out.len()` bytes of a cluster of `cluster` bytes; what follows them in `input` may be anything.
+/// The error is the reason.
+pub fn decompress_verified(
+    kind: CompressionType,
+    cluster: usize,
+    input: &[u8],
+    out: &mut [u8],
+) -> Result<(), String> {
     if out.is_empty() {
         return Ok(());
     }
     match kind {
         CompressionType::Zstd => ZSTD.with(unchecked, |context| unzstd(context, input, out)),
-        CompressionType::Deflate => INFLATE.with(|| Decompress::new(false), |c| inflate(c, input, out)),
+        CompressionType::Deflate => INFLATE.with(Inflate::new, |context| {
+            if out.len() == cluster { context.cluster(input, out) } else { context.beginning(input, out) }
+        }),
     }
 }
 
@@ -101,19 +107,19 @@ mod tests {
                 stored.extend_from_slice(&behind);
                 for len in [bytes.len(), part.index(bytes.len()) + 1] {
                     let mut out = vec![0xaa; len];
-                    decompress_verified(kind, &stored, &mut out).unwrap();
+                    decompress_verified(kind, bytes.len(), &stored, &mut out).unwrap();
                     prop_assert!(out == bytes[..len]);
                 }
                 let mut more = vec![0; bytes.len() + 1];
-                prop_assert!(decompress_verified(kind, &encoded, &mut more).is_err());
+                prop_assert!(decompress_verified(kind, bytes.len() + 1, &encoded, &mut more).is_err());
             }
         }
 
         #[test]
         fn noise_is_an_error_or_bytes_but_never_a_panic(noise in prop::collection::vec(any::<u8>(), 0..500)) {
             let mut out = [0; 4096];
-            let _ = decompress_verified(CompressionType::Deflate, &noise, &mut out);
-            let _ = decompress_verified(CompressionType::Zstd, &noise, &mut out);
+            let _ = decompress_verified(CompressionType::Deflate, 4096, &noise, &mut out);
+            let _ = decompress_verified(CompressionType::Zstd, 4096, &noise, &mut out);
         }
     }
 }

@@ -214,7 +214,7 @@ impl BlockSource for VerifiedDisk {
         };
         let image = self.layer(layer)?;
         let decode = |stored: &[u8], out: &mut [u8]| {
-            decompress_verified(image.codec, stored, out).map_err(|what| {
+            decompress_verified(image.codec, self.cluster_size() as usize, stored, out).map_err(|what| {
                 image.damaged(&format!("the compressed cluster at byte {offset} cannot be decoded: {what}"))
             })
         };
