@@ -10,7 +10,7 @@ use crate::entry::{COMPRESSED, COPIED, L2, OFFSET_MASK};
 use crate::refcount::{self, BLOCK_MASK};
 use crate::rw::BitmapDirectory;
 use crate::storage::read_exact;
-use crate::{Control, Error, Header, Image, Result, Storage};
+use crate::{Control, Error, Header, Image, Result, Storage, snapshot};
 
 /// A report has at most so many messages; the counts go on.
 const MAX_MESSAGES: usize = 100;
@@ -81,8 +81,10 @@ pub fn check(image: &Image, control: &Control) -> Result<Report> {
 /// What a check knows when it is done, for those who act upon it.
 pub(crate) struct Counted {
     pub(crate) report: Report,
-    /// Corruptions of other things than refcounts and copied flags.
+    /// Corruptions of other things than refcounts, copied flags and what a snapshot's entry lacks.
     pub(crate) structural: u64,
+    /// Whether a snapshot's entry lacks what version 3 wants.
+    pub(crate) incomplete: bool,
     /// References to each cluster, those of the refcount table and blocks included.
     pub(crate) counts: Counts,
     /// Offsets of the refcount blocks that were counted; 0 for none.
@@ -94,9 +96,10 @@ pub(crate) fn count(image: &Image, control: &Control) -> Result<Counted> {
     let mut c = Check::new(image, control)?;
     let blocks = c.count_all()?;
     let overlaps = c.tables.keys().filter(|cluster| c.overlap(**cluster)).count() as u64;
-    let (counts, structural) = (c.counts.clone(), c.report.corruptions - c.flags + overlaps);
+    let (counts, structural) = (c.counts.clone(), c.report.corruptions - c.flags - c.incomplete + overlaps);
     c.compare(&blocks)?;
-    Ok(Counted { report: c.report, structural, counts, blocks })
+    let incomplete = c.incomplete > 0;
+    Ok(Counted { report: c.report, structural, incomplete, counts, blocks })
 }
 
 /// What a reference is for, as far as others may share the cluster.
@@ -131,6 +134,8 @@ struct Check<'a> {
     tables: HashMap<u64, (u32, u32)>,
     /// Corruptions that are copied flags alone.
     flags: u64,
+    /// Snapshots' entries that lack what version 3 wants.
+    incomplete: u64,
     /// The refcount block that was read last: its number and bytes.
     stored: Option<(usize, Vec<u8>)>,
     report: Report,
@@ -148,6 +153,7 @@ impl<'a> Check<'a> {
             counts: Counts::default(),
             tables: HashMap::new(),
             flags: 0,
+            incomplete: 0,
             stored: None,
             report: Report::default(),
             control,
@@ -407,6 +413,11 @@ impl<'a> Check<'a> {
                 self.report.corrupt(format!("snapshot {number} has an L1 table of {size} entries"));
             } else {
                 self.l1(l1, size, false, &format!("snapshot {number}"))?;
+            }
+            if h.version >= 3 && field(36, 4) < snapshot::EXTRA_MIN as u64 {
+                // The size of the disk is missing, and QEMU opens no image without.
+                self.incomplete += 1;
+                self.report.corrupt(format!("entry {number} of the snapshot table is incomplete"));
             }
             at += (40 + field(36, 4) + field(12, 2) + field(14, 2)).next_multiple_of(8);
         }

@@ -7,7 +7,7 @@ use crate::generation::{self, Generation};
 use crate::header::incompatible;
 use crate::refcount;
 use crate::storage::read_exact;
-use crate::{Control, Error, Header, Report, Result, Storage};
+use crate::{Control, Error, Header, Report, Result, Storage, snapshot};
 
 /// What is repaired.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -93,9 +93,14 @@ fn look(storage: &Arc<dyn Storage>, control: &Control) -> Result<Counted> {
 fn rebuild(storage: &Arc<dyn Storage>, counted: Counted) -> Result<()> {
     let header = Header::parse_for_repair(&**storage)?;
     let (l1_offset, l1_size) = (header.l1_offset, header.l1_size);
+    let incomplete = counted.incomplete;
     let mut next = Generation::new(storage.clone(), header, counted)?;
     let l1 = next.read_l1(l1_offset, l1_size)?;
     next.activate(l1, false, true)?;
+    // A table that cannot be read keeps nothing else from its repair.
+    if incomplete && snapshot::read_table(next.storage(), &next.header).is_ok() {
+        snapshot::complete(&mut next)?;
+    }
     next.finish().map(|_| ())
 }
 

@@ -11,6 +11,8 @@ use crate::{Control, Error, Header, Result, Storage};
 
 /// QEMU opens no image with more extra data than this in a snapshot, in bytes.
 const EXTRA_MAX: usize = 1024;
+/// Version 3 wants as much of it: how large the VM's state and the disk are.
+pub(crate) const EXTRA_MIN: usize = 16;
 /// Length of the part of an entry that is always there, in bytes.
 const FIXED: u64 = 40;
 /// Longest table of snapshots in bytes.
@@ -236,7 +238,7 @@ pub(crate) fn put_table(next: &mut Generation, all: &[Snapshot]) -> Result<()> {
     let mut bytes = Vec::new();
     for s in all {
         let mut extra = s.extra.clone();
-        if extra.len() < 16 {
+        if extra.len() < EXTRA_MIN {
             extra = [s.vm_state_size, s.disk_size].into_iter().flat_map(u64::to_be_bytes).collect();
         }
         bytes.extend(s.l1_offset.to_be_bytes());

@@ -325,3 +325,29 @@ fn a_table_that_shares_its_cluster_is_corruption_though_the_refcounts_agree() {
     // Snapshots share L2 tables and data with the disk: that is sound.
     assert!(report_of(Volatile::new(sound, u64::MAX)).unwrap().is_clean());
 }
+
+#[test]
+fn a_snapshot_that_lacks_the_size_of_its_disk_is_damage_and_is_given_it() {
+    let (_dir, at) = temp();
+    let path = at("a.qcow2");
+    let model = image(&path, "cluster_size=4k");
+    // Its table is then the last in the file.
+    qemu_img(&["snapshot", "-c", "two", s(&path)]);
+    let start = std::fs::read(&path).unwrap();
+    // The header counts one snapshot more than there are: an entry past the file's end, or one of zeros in it.
+    for grow in [0, 4096] {
+        let mut bytes = start.clone();
+        bytes[63] += 1;
+        bytes.resize(bytes.len() + grow, 0);
+        std::fs::write(&path, &bytes).unwrap();
+        let done = fix(&path, Repair::All);
+        assert_eq!(
+            (done.before.corruptions, done.after.corruptions),
+            (1, 0),
+            "{grow}: {:?}",
+            done.before.messages
+        );
+        checked(&path);
+        same_as_model(&path, &model);
+    }
+}

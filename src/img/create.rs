@@ -359,14 +359,14 @@ impl Plan {
         if !data.is_block_device() {
             data.set_len(0).map_err(wrong)?;
         }
-        data.set_len(self.qcow2.size).map_err(wrong)
+        data.set_len(self.qcow2.size).and_then(|()| data.sync()).map_err(wrong)
     }
 }
 
 /// Reserves a range of a file, or writes its zeros. Durable on return.
 pub fn fill(file: &FileStorage, offset: u64, len: u64, how: Preallocation) -> std::io::Result<()> {
     match how {
-        Preallocation::Off | Preallocation::Metadata => return Ok(()),
+        Preallocation::Off | Preallocation::Metadata => {}
         Preallocation::Falloc => file.reserve(offset, len)?,
         Preallocation::Full => {
             let zeros = vec![0u8; 1 << 20];
