@@ -257,6 +257,19 @@ fn options_are_amended_alike() {
     // A size of nothing is no size.
     let (theirs, ours, _) = bench.same_changes(&["amend", "-o", "size=0", "plain.qcow2"]);
     assert!(ours.guest("qcow2", "plain.qcow2") == theirs.guest("qcow2", "plain.qcow2"));
+    // A data file under another name.
+    let name = bench.qemu_img(&["info", "-U", "--output=json", "external.qcow2"]);
+    let name = name.split("\"data-file\": \"").nth(1).and_then(|rest| rest.split('"').next()).unwrap();
+    std::fs::copy(bench.path(name), bench.path("moved")).unwrap();
+    let (theirs, ours, _) = bench.same_changes(&["amend", "-o", "data_file=moved", "external.qcow2"]);
+    std::fs::remove_file(ours.path(name)).unwrap();
+    let header = |b: &Bench| {
+        let text = b.qemu_img(&["info", "external.qcow2"]);
+        text.lines().filter(|line| !line.contains("disk size")).map(str::to_owned).collect::<Vec<_>>()
+    };
+    assert_eq!(header(&ours), header(&theirs));
+    assert!(ours.guest("qcow2", "external.qcow2") == bench.guest("qcow2", "external.qcow2"));
+    assert_eq!(bench.same_changes(&["amend", "-o", "data_file=moved", "plain.qcow2"]).2.code, Some(1));
     // What version 2 cannot say.
     bench.qemu_img(&["resize", "-q", "states.qcow2", "9M"]);
     for image in ["states.qcow2", "sub.qcow2", "external.qcow2", "big.qcow2"] {

@@ -58,6 +58,11 @@ fn errors_have_the_codes_of_qemu() {
         &["measure", "-o", "nonsense=1", "--size", "1M"],
         &["measure", "-O", "qcow2", "-o", "cluster_size=1", "--size", "1M"],
         &["measure", "missing"],
+        &["measure", "-O", "qcow2", "--size", "7E"],
+        &["measure", "-O", "qcow2", "-o", "cluster_size=512", "--size", "129G"],
+        &["measure", "-O", "qcow2", "-o", "cluster_size=512", "--size", "128G"],
+        &["measure", "-O", "qcow2", "-o", "backing_file=a.qcow2,backing_fmt=qcow2", "--size", "1G"],
+        &["measure", "-O", "qcow2", "-o", "backing_file=a.qcow2,backing_fmt=qcow2", "a.qcow2"],
         &["measure", "-l", "nonsense", "a.qcow2"],
     ] {
         bench.same(line);

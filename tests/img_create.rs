@@ -41,6 +41,7 @@ fn images_of_every_kind_are_made_alike() {
         &["-f", "qcow2", "-o", "preallocation=falloc", "new.qcow2", "1M"],
         &["-f", "qcow2", "-o", "preallocation=full,nocow=off,extent_size_hint=1M", "new.qcow2", "1M"],
         &["-f", "qcow2", "-o", "data_file=new.data", "new.qcow2", "1M"],
+        &["-f", "qcow2", "-o", "encryption=off", "new.qcow2", "1M"],
         &["-f", "qcow2", "-o", "data_file=new,,data,data_file_raw=on", "new.qcow2", "1M"],
         &["-f", "qcow2", "-b", "base.qcow2", "-F", "qcow2", "new.qcow2"],
         &["-f", "qcow2", "-b", "base.qcow2", "-F", "qcow2", "new.qcow2", "8M"],

@@ -206,7 +206,7 @@ struct Finer {
 }
 
 /// From this share of a cluster (in percent) on, what it shrank to has the next one compressed at level 9.
-const FINER: usize = 45;
+const FINER: usize = 38;
 
 fn deflate(level: u32) -> Compress {
     Compress::new_with_window_bits(Level::new(level), false, WINDOW_BITS)

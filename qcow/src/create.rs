@@ -5,7 +5,7 @@ use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
 
-use crate::header::{self, EXT_BACKING_FORMAT, EXT_BITMAPS, incompatible};
+use crate::header::{self, EXT_BACKING_FORMAT, EXT_BITMAPS, EXT_DATA_FILE, incompatible};
 use crate::refcount;
 use crate::repair::refuse_corrupt;
 use crate::storage::read_exact;
@@ -221,7 +221,7 @@ impl Layout {
                     ),
                 ));
             }
-            append_extension(&mut others, header::EXT_DATA_FILE, name.as_bytes());
+            append_extension(&mut others, EXT_DATA_FILE, name.as_bytes());
         }
         let backing = new.backing.as_ref().map(|(name, format)| (name.as_str(), Some(format.name())));
         append_backing(&mut h, others, backing, None, self.cluster_bits, path)?;
@@ -353,6 +353,22 @@ pub(crate) fn set_backing_in(
     edit.write(storage, &header)
 }
 
+/// Writes another name of its external data file into an image's header; the file is not looked at. An image without
+/// such a file is refused, and names that are empty or longer than 1023 bytes.
+pub fn set_data_file(storage: &dyn Storage, name: &str) -> Result<()> {
+    let header = Header::parse(storage)?;
+    refuse_corrupt(storage, &header)?;
+    if !header.external_data() {
+        return Err(Error::refused(storage.path(), "its data does not lie in an external file".to_owned()));
+    }
+    if name.is_empty() || name.len() > 1023 {
+        return Err(Error::refused(storage.path(), "a data file's name has 1 to 1023 bytes".to_owned()));
+    }
+    let mut edit = Edit::keep(storage, &header)?;
+    edit.data_file = Some(name.as_bytes().to_vec());
+    edit.write(storage, &header)
+}
+
 /// What cluster 0 is to say, beyond the fields of fixed size.
 pub(crate) struct Edit {
     zero: Vec<u8>,
@@ -361,6 +377,8 @@ pub(crate) struct Edit {
     pub(crate) backing: Option<(String, Option<String>)>,
     /// The bitmaps extension's data.
     pub(crate) bitmaps: Option<Vec<u8>>,
+    /// The name of the external data file.
+    data_file: Option<Vec<u8>>,
     pub(crate) autoclear: u64,
 }
 
@@ -368,11 +386,15 @@ impl Edit {
     /// What it says now; autoclear bits that are not understood are cleared.
     pub(crate) fn keep(storage: &dyn Storage, header: &Header) -> Result<Self> {
         let zero = read_cluster_zero(storage, header)?;
-        let bitmaps = extensions(&zero, header).into_iter().find(|e| e.kind == EXT_BITMAPS);
+        let found = extensions(&zero, header);
+        let data = |kind| {
+            found.iter().find(|e| e.kind == kind).and_then(|e| zero.get(e.data.clone()).map(<[u8]>::to_vec))
+        };
         Ok(Self {
             version: header.version,
             backing: header.backing.clone().map(|name| (name, header.backing_format.clone())),
-            bitmaps: bitmaps.and_then(|e| zero.get(e.data).map(<[u8]>::to_vec)),
+            bitmaps: data(EXT_BITMAPS),
+            data_file: data(EXT_DATA_FILE),
             autoclear: header.autoclear & header::AUTOCLEAR_KNOWN,
             zero,
         })
@@ -405,10 +427,12 @@ impl Edit {
         let found = extensions(&self.zero, header);
         let kept = |names: bool| {
             let mut others = Vec::new();
-            if let Some(bitmaps) = &self.bitmaps {
-                append_extension(&mut others, EXT_BITMAPS, bitmaps);
+            for (kind, data) in [(EXT_BITMAPS, &self.bitmaps), (EXT_DATA_FILE, &self.data_file)] {
+                if let Some(data) = data {
+                    append_extension(&mut others, kind, data);
+                }
             }
-            let ours = [EXT_BACKING_FORMAT, EXT_BITMAPS];
+            let ours = [EXT_BACKING_FORMAT, EXT_BITMAPS, EXT_DATA_FILE];
             for e in found.iter().filter(|e| !ours.contains(&e.kind)) {
                 if names || e.kind != header::EXT_FEATURE_NAMES {
                     append_extension(&mut others, e.kind, &self.zero[e.data.clone()]);

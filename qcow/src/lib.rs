@@ -126,7 +126,7 @@ pub use check::{Report, Usage, check};
 pub use codec::Compression;
 pub use commit::{commit, commit_layers};
 pub use compare::{Difference, compare};
-pub use create::{CreateOptions, create, create_with, set_backing};
+pub use create::{CreateOptions, create, create_with, set_backing, set_data_file};
 pub use decoder::decompress_verified;
 pub use error::{Error, Result};
 pub use gate::{Gate, Implicit, LockedPaths, NoImplicit, PlainPaths};

@@ -30,6 +30,12 @@ impl Shape {
         1 << self.cluster_bits
     }
 
+    /// Whether its L1 table has no more than the 32 MiB that QEMU opens.
+    pub fn is_possible(&self) -> bool {
+        let entry = if self.extended_l2 { 16 } else { 8 };
+        self.size.div_ceil(self.cluster()).div_ceil(self.cluster() / entry) * 8 <= 32 << 20
+    }
+
     /// Size of the file when all of the disk is allocated, in bytes.
     pub fn fully_allocated(&self) -> u64 {
         let cluster = self.cluster();

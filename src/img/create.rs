@@ -119,6 +119,11 @@ impl Wanted {
 
     /// Sets an option, over what was given before.
     pub fn set(&mut self, key: &str, value: &str) -> Result<(), Failure> {
+        if key == "encryption" && self.format == Format::Qcow2 && !optlist::boolean(key, value)? {
+            self.given.retain(|(known, _)| known != key);
+            self.given.push((key.to_owned(), value.to_owned()));
+            return Ok(());
+        }
         let Some((_, kind, ..)) = self.known().iter().find(|(known, ..)| *known == key) else {
             let encryption = key == "encryption" || key.starts_with("encrypt.");
             return Err(Failure::new(if encryption && self.format == Format::Qcow2 {
@@ -173,6 +178,9 @@ impl Wanted {
     /// The line that says what is about to be made.
     pub fn describe(&self, file: &str) -> String {
         let mut text = format!("Formatting '{file}', fmt={}", self.format.name());
+        if let Some(off) = self.get("encryption") {
+            text += &format!(" encryption={off}");
+        }
         for (key, kind, default, _) in self.known() {
             let value = match (self.get(key), default) {
                 (Some(value), _) => value,

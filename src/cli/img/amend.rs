@@ -15,6 +15,7 @@ use crate::img::open::{Following, Mode, open};
 /// Options that can be changed later, for the help.
 const HELP: &str = "Amend options for 'qcow2':
   compat=<str>           - Compatibility level (v2 [0.10] or v3 [1.1])
+  data_file=<str>        - File name of an external data file
   lazy_refcounts=<bool (on/off)> - Postpone refcount updates
   refcount_bits=<num>    - Width of a reference count entry in bits
   size=<size>            - Virtual disk size
@@ -25,7 +26,12 @@ pub const COMMAND: Command = Command {
     about: "Change the options of an image",
     usage: "-o OPTIONS [OPTIONS] FILENAME",
     options: &[
-        value('o', "options", "OPTIONS", "compat, lazy_refcounts, refcount_bits, size (-o help lists them)"),
+        value(
+            'o',
+            "options",
+            "OPTIONS",
+            "compat, data_file, lazy_refcounts, refcount_bits, size (-o help lists them)",
+        ),
         value('f', "format", "FMT", "format of the image: qcow2"),
         value('t', "cache", "CACHE", "accepted; what is written is durable at the end"),
         long_flag("force", "accepted; nothing here is unsafe"),
@@ -76,8 +82,16 @@ fn run(given: &Given) -> Done {
             "backing_file" | "backing_fmt" => {
                 return Err(Failure::new("Cannot amend the backing file\nYou can use 'rebase' instead."));
             }
-            "data_file" | "data_file_raw" => {
-                return Err(Failure::new("the data file of an image is not changed in place: use convert"));
+            "data_file" if !header.external_data() => {
+                return Err(Failure::new(
+                    "data-file can only be set for images that use an external data file",
+                ));
+            }
+            "data_file" => {}
+            "data_file_raw" => {
+                return Err(Failure::new(
+                    "whether the data file of an image is raw is not changed in place: use convert",
+                ));
             }
             _ => {
                 return Err(Failure::new(format!(
@@ -110,6 +124,9 @@ fn run(given: &Given) -> Done {
         }
         let what = Amend { version: Some(version), lazy_refcounts: lazy, refcount_order: order };
         knib_qcow::amend(storage.clone(), &gate, &what, &control)?;
+    }
+    if let Some(name) = wanted.get("data_file") {
+        knib_qcow::set_data_file(&*storage, name).map_err(|e| opened.wrong(&e))?;
     }
     if let Some(size) = size {
         knib_qcow::resize(storage, &gate, size, true, Preallocation::Off, &control)?;

@@ -172,7 +172,7 @@ impl Wishes {
         };
         let asked = match given.text("parallel")? {
             None => None,
-            Some(text) => Some(text.parse().ok().filter(|n| (1..=16).contains(n)).ok_or_else(|| {
+            Some(text) => Some(number(text).filter(|n| (1..=16).contains(n)).ok_or_else(|| {
                 Failure::new("Invalid number of coroutines specified. Must be between 1 and 16.")
             })?),
         };
@@ -432,5 +432,13 @@ struct Into {
 impl Write for Into {
     fn write<S: Source>(mut self, source: &S, control: &Control<'_>) -> knib_qcow::Result<()> {
         self.sink.fill(source, self.size, self.before, control)
+    }
+}
+
+/// A number as C reads one: hexadecimal behind `0x`.
+fn number(text: &str) -> Option<usize> {
+    match text.strip_prefix("0x").or_else(|| text.strip_prefix("0X")) {
+        Some(hex) => usize::from_str_radix(hex, 16).ok(),
+        None => text.parse().ok(),
     }
 }

@@ -78,11 +78,14 @@ fn run(given: &Given) -> Done {
                 refcount_order: new.refcount_order,
                 extended_l2: new.extended_l2,
             };
+            if !shape.is_possible() {
+                return Err(Failure::new("The image size is too large (try using a larger cluster size)"));
+            }
             let cluster = 1u64 << new.cluster_bits;
             let (whole, full) = (new.size.next_multiple_of(cluster), shape.fully_allocated());
             // How much a backing file will save is not known.
             let all = matches!(plan.preallocation, Preallocation::Falloc | Preallocation::Full)
-                || new.backing.is_some();
+                || new.backing.is_some() && layers.is_some();
             let data = match &layers {
                 _ if all => whole,
                 Some(layers) => data(layers, cluster)?.min(whole),

@@ -16,6 +16,8 @@ const KIND: &str = "Block Pull";
 const LOOK: Duration = Duration::from_millis(300);
 /// libvirt shows the new chain within this after QEMU ended the job.
 const SETTLE: Duration = Duration::from_secs(4);
+/// libvirt notices within this that QEMU is gone.
+const NOTICED: Duration = Duration::from_secs(2);
 
 /// Pulls until nothing of `target` stands on an image below `foreign`, or the domain is off.
 pub(super) fn pull(
@@ -38,7 +40,7 @@ pub(super) fn pull(
             return Ok(Pulled::Off);
         }
         let Some(disk) = live(session, target)? else {
-            return if inspect::power(session)? == Power::Off {
+            return if is_off(session)? {
                 Ok(Pulled::Off)
             } else {
                 Err(failed("the disk was detached".into()))
@@ -47,7 +49,7 @@ pub(super) fn pull(
         let chain = inspect::chain(&disk);
         let info = match job.job()? {
             Ok(info) => info,
-            Err(_) if inspect::power(session)? == Power::Off => return Ok(Pulled::Off),
+            Err(_) if is_off(session)? => return Ok(Pulled::Off),
             Err(why) => return Err(failed(why)),
         };
         match info {
@@ -77,7 +79,7 @@ pub(super) fn pull(
                     None => {
                         match job.start_pull(control.rate_limit)? {
                             Ok(()) => {}
-                            Err(_) if inspect::power(session)? == Power::Off => return Ok(Pulled::Off),
+                            Err(_) if is_off(session)? => return Ok(Pulled::Off),
                             Err(why) => return Err(failed(why)),
                         }
                         failpoint::hit("pull-started");
@@ -131,6 +133,20 @@ pub(super) fn resume(session: &Session) -> Result<()> {
     match inspect::power(session)? {
         Power::Paused => session.ask("resume", |domain| domain.resume()),
         Power::Running | Power::Off => Ok(()),
+    }
+}
+
+/// Whether the domain is off, or will be in a moment: QEMU's answers fail before libvirt has noticed that it died.
+fn is_off(session: &Session) -> Result<bool> {
+    let until = Instant::now() + NOTICED;
+    loop {
+        if inspect::power(session)? == Power::Off {
+            return Ok(true);
+        }
+        if Instant::now() >= until {
+            return Ok(false);
+        }
+        std::thread::sleep(Duration::from_millis(50));
     }
 }
 
