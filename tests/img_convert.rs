@@ -98,9 +98,9 @@ fn an_existing_image_shows_the_source_whatever_it_held() {
 }
 
 #[test]
-fn a_zlib_image_is_hardly_larger_than_qemu_imgs() {
+fn a_zlib_image_is_not_larger_than_qemu_imgs_by_more_than_a_hundredth() {
     let bench = Bench::new();
-    // A program: in such files matches of three bytes matter most. Of a whole system's disk it is half a hundredth.
+    // A program: in such files matches of three bytes matter.
     let mut program = std::fs::read(env!("CARGO_BIN_EXE_knibfs")).unwrap();
     program.truncate(32 << 20);
     std::fs::write(bench.path("program.raw"), program).unwrap();
@@ -110,7 +110,7 @@ fn a_zlib_image_is_hardly_larger_than_qemu_imgs() {
     assert_eq!(ours(&[&line[..], &["ours.qcow2"]].concat(), bench.dir.path()).0.code, Some(0));
     // What is left of the last cluster is padding, which qemu-img leaves out.
     let (ours, theirs) = (size("ours.qcow2") - 65536.0, size("theirs.qcow2"));
-    assert!(ours <= 1.02 * theirs, "{ours} bytes beside {theirs}");
+    assert!(ours <= 1.01 * theirs, "{ours} bytes beside {theirs}");
     assert!(seen(&bench, "qcow2", "ours.qcow2") == seen(&bench, "raw", "program.raw"));
 }
 
