@@ -14,7 +14,7 @@ use crate::{Access, CompressionType, Error, FileStorage, Format, Header, Result,
 
 /// Length of the headers that are written here, compression type included, in bytes.
 const HEADER_LENGTH: usize = 112;
-/// Longest name of a backing file in bytes.
+/// Longest name of a backing or data file in bytes.
 const NAME_MAX: usize = 1023;
 /// What a disk writes whole or not at all, in bytes.
 const SECTOR: usize = 512;
@@ -212,15 +212,7 @@ impl Layout {
         }
         let mut others = Vec::new();
         if let Some((name, _)) = &new.data_file {
-            if name.is_empty() || name.len() > NAME_MAX || name.contains('\0') {
-                return Err(Error::unsupported(
-                    path,
-                    format!(
-                        "the data file's name is {} bytes long: 1 to {NAME_MAX} without NUL are allowed",
-                        name.len()
-                    ),
-                ));
-            }
+            check_data_file_name(path, name)?;
             append_extension(&mut others, EXT_DATA_FILE, name.as_bytes());
         }
         let backing = new.backing.as_ref().map(|(name, format)| (name.as_str(), Some(format.name())));
@@ -353,17 +345,24 @@ pub(crate) fn set_backing_in(
     edit.write(storage, &header)
 }
 
+fn check_data_file_name(path: &Path, name: &str) -> Result<()> {
+    if (1..=NAME_MAX).contains(&name.len()) && !name.contains('\0') {
+        return Ok(());
+    }
+    let what =
+        format!("the data file's name is {} bytes long: 1 to {NAME_MAX} without NUL are allowed", name.len());
+    Err(Error::unsupported(path, what))
+}
+
 /// Writes another name of its external data file into an image's header; the file is not looked at. An image without
-/// such a file is refused, and names that are empty or longer than 1023 bytes.
+/// such a file is refused, and names that are empty, longer than 1023 bytes or with a NUL.
 pub fn set_data_file(storage: &dyn Storage, name: &str) -> Result<()> {
     let header = Header::parse(storage)?;
     refuse_corrupt(storage, &header)?;
     if !header.external_data() {
         return Err(Error::refused(storage.path(), "its data does not lie in an external file".to_owned()));
     }
-    if name.is_empty() || name.len() > 1023 {
-        return Err(Error::refused(storage.path(), "a data file's name has 1 to 1023 bytes".to_owned()));
-    }
+    check_data_file_name(storage.path(), name)?;
     let mut edit = Edit::keep(storage, &header)?;
     edit.data_file = Some(name.as_bytes().to_vec());
     edit.write(storage, &header)

@@ -32,16 +32,19 @@ impl Shape {
 
     /// Whether its L1 table has no more than the 32 MiB that QEMU opens.
     pub fn is_possible(&self) -> bool {
+        self.l2_tables() * 8 <= 32 << 20
+    }
+
+    fn l2_tables(&self) -> u64 {
         let entry = if self.extended_l2 { 16 } else { 8 };
-        self.size.div_ceil(self.cluster()).div_ceil(self.cluster() / entry) * 8 <= 32 << 20
+        self.size.div_ceil(self.cluster()).div_ceil(self.cluster() / entry)
     }
 
     /// Size of the file when all of the disk is allocated, in bytes.
     pub fn fully_allocated(&self) -> u64 {
         let cluster = self.cluster();
-        let entry = if self.extended_l2 { 16 } else { 8 };
         let data = self.size.div_ceil(cluster);
-        let l2 = data.div_ceil(cluster / entry);
+        let l2 = self.l2_tables();
         let l1 = l2.div_ceil(cluster / 8);
         let clusters = 1 + data + l2 + l1;
         (clusters + refcount_clusters(clusters, self.cluster_bits, self.refcount_order)) << self.cluster_bits

@@ -61,11 +61,13 @@ impl Piece {
         let head = (self.start.next_multiple_of(PAGE) - self.start).min(bytes.len());
         let (head, rest) = bytes.split_at(head);
         let (pages, tail) = rest.split_at(rest.len() / PAGE * PAGE);
-        let parts = [head, pages, tail];
         let mut place = at;
-        for part in parts.into_iter().filter(|part| !part.is_empty()) {
-            let whole = part.len().is_multiple_of(PAGE) && place.is_multiple_of(PAGE as u64);
-            let written = if whole { dest.write_past_cache(part, place) } else { dest.write_at(part, place) };
+        for (part, whole) in [(head, false), (pages, true), (tail, false)] {
+            let written = match part {
+                [] => Ok(()),
+                _ if whole => dest.write_past_cache(part, place),
+                _ => dest.write_at(part, place),
+            };
             written.map_err(|e| failed(dest, bytes.len(), at, e))?;
             place += part.len() as u64;
         }
