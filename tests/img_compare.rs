@@ -90,3 +90,44 @@ fn measures_agree() {
         bench.same(line);
     }
 }
+
+#[test]
+fn a_measure_looks_only_at_the_options_that_count_for_it() {
+    let bench = Bench::new();
+    bench.qemu_img(&["create", "-q", "-f", "qcow2", "a.qcow2", "1M"]);
+    bench.qemu_img(&["bitmap", "--add", "a.qcow2", "b"]);
+    for options in [
+        "data_file_raw=on",
+        "data_file=x,data_file_raw=on,backing_file=y,backing_fmt=raw",
+        "backing_fmt=qcow2",
+        "backing_fmt=nonsense",
+        "backing_file=x",
+        "backing_file=,backing_fmt=raw",
+        "compat=0.10,lazy_refcounts=on",
+        "compat=0.10,data_file=x",
+        "compat=0.10,extended_l2=on",
+        "compat=0.10,compression_type=zstd",
+        "compat=0.10,refcount_bits=8",
+        "compat=0.10",
+        "compat=1.1",
+        "compat=v2",
+        "compat=v3",
+        "compat=nonsense",
+        "compression_type=nonsense",
+        "lazy_refcounts=nonsense",
+        "cluster_size=3k",
+        "refcount_bits=3",
+        "refcount_bits=128",
+        "extended_l2=on,cluster_size=8k",
+        "preallocation=metadata,backing_file=x,backing_fmt=raw",
+        "preallocation=full,backing_file=x,backing_fmt=raw",
+        "preallocation=nonsense",
+        "size=5M",
+    ] {
+        bench.same(&["measure", "-O", "qcow2", "-o", options, "--size", "1M"]);
+        bench.same(&["measure", "-O", "qcow2", "-o", options, "a.qcow2"]);
+    }
+    for options in ["size=5M", "preallocation=metadata", "preallocation=nonsense", "nocow=on"] {
+        bench.same(&["measure", "-o", options, "--size", "1M"]);
+    }
+}

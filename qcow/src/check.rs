@@ -10,7 +10,7 @@ use crate::entry::{COMPRESSED, COPIED, L2, OFFSET_MASK};
 use crate::refcount::{self, BLOCK_MASK};
 use crate::rw::BitmapDirectory;
 use crate::storage::read_exact;
-use crate::{Control, Error, Header, Image, Result, Storage, snapshot};
+use crate::{Control, Error, Header, Image, Result, Storage, bitmap, snapshot};
 
 /// A report has at most so many messages; the counts go on.
 const MAX_MESSAGES: usize = 100;
@@ -400,7 +400,7 @@ impl<'a> Check<'a> {
         for number in 0..h.snapshot_count {
             let mut fixed = [0u8; 40];
             let end = at.checked_add(40).filter(|e| *e <= self.len);
-            if end.is_none() || at - h.snapshots_offset > 64 << 20 {
+            if end.is_none() {
                 self.report.corrupt(format!("the snapshot table ends in snapshot {number}"));
                 break;
             }
@@ -419,7 +419,15 @@ impl<'a> Check<'a> {
                 self.incomplete += 1;
                 self.report.corrupt(format!("entry {number} of the snapshot table is incomplete"));
             }
+            if field(36, 4) > snapshot::EXTRA_MAX as u64 {
+                let extra = field(36, 4);
+                self.report.corrupt(format!("snapshot {number} has {extra} bytes of extra data, too many"));
+            }
             at += (40 + field(36, 4) + field(12, 2) + field(14, 2)).next_multiple_of(8);
+            if at - h.snapshots_offset > snapshot::TABLE_MAX {
+                self.report.corrupt(format!("the snapshot table is longer than 64 MiB from snapshot {number} on"));
+                break;
+            }
         }
         self.count(h.snapshots_offset, at - h.snapshots_offset, "the snapshot table", Use::Alone);
         Ok(())
@@ -451,16 +459,27 @@ impl<'a> Check<'a> {
             };
             let (offset, size) = (field(0, 8), field(8, 4));
             let what = format!("bitmap {number}");
+            let wrong = match bitmap::read(self.storage, h, &directory, start) {
+                Err(Error::Damaged { what, .. }) => Some(what),
+                Err(e) => return Err(e),
+                Ok(_) => None,
+            };
             let inside = offset.checked_add(size * 8).is_some_and(|e| e <= self.len);
             if !inside || !offset.is_multiple_of(h.cluster_size()) {
                 self.report.corrupt(format!("the table of {what} at {offset:#x} lies outside the file"));
                 continue;
             }
+            if let Some(wrong) = wrong {
+                self.report.corrupt(wrong);
+            }
             self.count(offset, size * 8, &what, Use::Alone);
             for entry in self.words(offset, size, "a bitmap table")? {
-                let data = entry & OFFSET_MASK;
-                if data != 0 {
-                    self.count(data, h.cluster_size(), &what, Use::Alone);
+                match bitmap::bits_at(entry, h) {
+                    Err(why) => self.report.corrupt(format!("{what}: {why}")),
+                    Ok(0) => {}
+                    Ok(bits) => {
+                        self.count(bits, h.cluster_size(), &what, Use::Alone);
+                    }
                 }
             }
         }

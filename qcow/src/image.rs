@@ -70,6 +70,10 @@ impl Image {
     pub fn data_storage(&self) -> &Arc<dyn Storage> {
         &self.data
     }
+    /// Length of the file with the tables when it was opened, in bytes.
+    pub(crate) fn file_len(&self) -> u64 {
+        self.file_len
+    }
     /// The L1 entries that the disk's size needs.
     pub fn l1(&self) -> &[u64] {
         &self.l1

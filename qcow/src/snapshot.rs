@@ -10,13 +10,15 @@ use crate::storage::read_exact;
 use crate::{Control, Error, Header, Result, Storage};
 
 /// QEMU opens no image with more extra data than this in a snapshot, in bytes.
-const EXTRA_MAX: usize = 1024;
+pub(crate) const EXTRA_MAX: usize = 1024;
 /// Version 3 wants as much of it: how large the VM's state and the disk are.
 pub(crate) const EXTRA_MIN: usize = 16;
 /// Length of the part of an entry that is always there, in bytes.
 const FIXED: u64 = 40;
+/// Longest L1 table in bytes.
+const L1_MAX: u64 = 32 << 20;
 /// Longest table of snapshots in bytes.
-const TABLE_MAX: u64 = 64 << 20;
+pub(crate) const TABLE_MAX: u64 = 64 << 20;
 
 /// One internal snapshot.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -91,7 +93,7 @@ fn read_entry(storage: &dyn Storage, header: &Header, at: u64, number: u32) -> R
         return Err(damaged(format!("it has {extra_len} bytes of extra data, above {EXTRA_MAX}")));
     }
     let (l1_offset, l1_size) = (field(0, 8), field(8, 4) as u32);
-    if u64::from(l1_size) * 8 > 32 << 20 {
+    if u64::from(l1_size) * 8 > L1_MAX {
         return Err(damaged(format!("its L1 table has {l1_size} entries, above 32 MiB")));
     }
     if !l1_offset.is_multiple_of(header.cluster_size()) {
@@ -198,6 +200,17 @@ pub fn apply(storage: Arc<dyn Storage>, wanted: &str, control: &Control) -> Resu
     next.refer(&l1, true)?;
     next.header.size = snapshot.disk_size;
     let needed = next.header.l1_needed().max(l1.len() as u64);
+    // The size is the image's word: a table for it is made only where there may be one.
+    if needed * 8 > L1_MAX {
+        return Err(Error::damaged(
+            next.path(),
+            format!(
+                "snapshot {wanted:?} has a disk of {} bytes, more than clusters of {} bytes allow",
+                snapshot.disk_size,
+                next.header.cluster_size()
+            ),
+        ));
+    }
     l1.resize(needed as usize, 0);
     next.activate(l1, true, true)?;
     next.finish().map(|_| ())

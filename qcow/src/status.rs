@@ -211,6 +211,14 @@ impl Layer {
             let index = at >> h.cluster_bits;
             Error::damaged(self.storage.path(), format!("the L2 entry of guest cluster {index}: {why}"))
         })?;
+        if let L2::Data(host) = decoded
+            && !h.external_data()
+            && host >= image.file_len()
+        {
+            let index = at >> h.cluster_bits;
+            let what = format!("guest cluster {index} lies at {host:#x}, past the end of the file");
+            return Err(Error::damaged(self.storage.path(), what));
+        }
         let (host, mut zero, mut data, compressed) = match decoded {
             L2::Unallocated => (None, false, false, false),
             L2::Zero { allocated } => (allocated, true, false, false),

@@ -3,6 +3,7 @@
 use std::path::Path;
 use std::sync::Arc;
 
+use knib_qcow::measure::Shape;
 use knib_qcow::{
     Access, CompressionType, CreateOptions, FileStorage, Format, ImageMut, PlainPaths, Preallocation,
     Storage as _, create_with,
@@ -196,6 +197,58 @@ impl Wanted {
         text + "\n"
     }
 
+    fn cluster_size(&self) -> Result<u64, Failure> {
+        let cluster = self.bytes("cluster_size").unwrap_or(1 << 16);
+        if !cluster.is_power_of_two() || !(512..=2 << 20).contains(&cluster) {
+            return Err(Failure::new("Cluster size must be a power of two between 512 and 2048k"));
+        }
+        Ok(cluster)
+    }
+
+    fn refcount_bits(&self) -> Result<u64, Failure> {
+        let bits: u64 = self.get("refcount_bits").and_then(|v| v.parse().ok()).unwrap_or(16);
+        if !bits.is_power_of_two() || bits > 64 {
+            return Err(Failure::new("Refcount width must be a power of two and may not exceed 64 bits"));
+        }
+        Ok(bits)
+    }
+
+    fn check_subclusters(&self, cluster: u64) -> Result<(), Failure> {
+        if self.is_on("extended_l2") && cluster < 16 << 10 {
+            return Err(Failure::new(
+                "Extended L2 entries are only supported with cluster sizes of at least 16384 bytes",
+            ));
+        }
+        Ok(())
+    }
+
+    /// What a new qcow2 image's size depends on. As QEMU does, only the options that count for it are looked at:
+    /// whether the others go together is for those to know who make the image.
+    pub fn shape(&self) -> Result<Measured, Failure> {
+        let cluster = self.cluster_size()?;
+        self.check_subclusters(cluster)?;
+        let version = match self.get("compat") {
+            None | Some("1.1") => 3,
+            Some("0.10") => 2,
+            // `create` translates the other names.
+            Some(other) => return Err(Failure::new(format!("Invalid compatibility level: '{other}'"))),
+        };
+        let preallocation = self.get("preallocation").map(preallocation).transpose()?.unwrap_or_default();
+        let refcount_bits = self.refcount_bits()?;
+        if version == 2 && refcount_bits != 16 {
+            return Err(Failure::new(
+                "Different refcount widths than 16 bits require compatibility level 1.1 or above (use compat=1.1 or greater)",
+            ));
+        }
+        let shape = Shape {
+            size: self.bytes("size").unwrap_or(0).next_multiple_of(512),
+            cluster_bits: cluster.trailing_zeros(),
+            refcount_order: refcount_bits.trailing_zeros(),
+            extended_l2: self.is_on("extended_l2"),
+        };
+        Ok(Measured { shape, version, preallocation, has_backing: self.get("backing_file").is_some() })
+    }
+
     /// What the engine is to make. The size must have been set.
     pub fn plan(&self) -> Result<Plan, Failure> {
         let size = self.bytes("size").unwrap_or(0);
@@ -212,7 +265,6 @@ impl Wanted {
                 preallocation,
             });
         }
-        let cluster = self.bytes("cluster_size").unwrap_or(1 << 16);
         let compression = match self.get("compression_type") {
             None | Some("zlib") => CompressionType::Deflate,
             Some("zstd") => CompressionType::Zstd,
@@ -229,13 +281,7 @@ impl Wanted {
                 return Err(Failure::new(format!("Parameter 'version' does not accept value '{other}'")));
             }
         };
-        if !cluster.is_power_of_two() || !(512..=2 << 20).contains(&cluster) {
-            return Err(Failure::new("Cluster size must be a power of two between 512 and 2048k"));
-        }
-        let refcount_bits: u64 = self.get("refcount_bits").and_then(|v| v.parse().ok()).unwrap_or(16);
-        if !refcount_bits.is_power_of_two() || refcount_bits > 64 {
-            return Err(Failure::new("Refcount width must be a power of two and may not exceed 64 bits"));
-        }
+        let (cluster, refcount_bits) = (self.cluster_size()?, self.refcount_bits()?);
         let v3_only = |what: &str| {
             Failure::new(format!(
                 "{what} only supported with compatibility level 1.1 and above (use version=v3 or greater)"
@@ -261,11 +307,7 @@ impl Wanted {
                 return Err(v3_only("External data files are"));
             }
         }
-        if extended_l2 && cluster < 16 << 10 {
-            return Err(Failure::new(
-                "Extended L2 entries are only supported with cluster sizes of at least 16384 bytes",
-            ));
-        }
+        self.check_subclusters(cluster)?;
         if data_file_raw && data_file.is_none() {
             return Err(Failure::new("data-file-raw requires data-file"));
         }
@@ -306,6 +348,19 @@ impl Wanted {
         };
         Ok(Plan { format: Format::Qcow2, qcow2, preallocation })
     }
+}
+
+/// What the size of a new qcow2 image depends on.
+#[derive(Debug, Clone, Copy)]
+pub struct Measured {
+    /// Its disk and tables.
+    pub shape: Shape,
+    /// 2 or 3.
+    pub version: u32,
+    /// What is reserved.
+    pub preallocation: Preallocation,
+    /// Whether it stands on another image.
+    pub has_backing: bool,
 }
 
 /// An image that can be made.

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, HashSet};
 use std::ops::Range;
 
-use super::{BITS_MAX, Bitmap, list};
+use super::{BITS_MAX, Bitmap, bits_at, list};
 use crate::entry::OFFSET_MASK;
 use crate::storage::read_exact;
 use crate::{Error, Header, Result, Storage};
@@ -69,14 +69,13 @@ impl Bitmap {
         let mut bytes = vec![0u8; cluster as usize];
         let mut seen = HashSet::new();
         for (number, entry) in (0..self.entries(header)).zip(self.table(storage)?) {
-            let offset = entry & OFFSET_MASK;
+            let damaged =
+                |why: String| Error::damaged(storage.path(), format!("bitmap {:?}: {why}", self.name));
+            let offset = bits_at(entry, header).map_err(damaged)?;
             bytes.fill(if entry & 1 != 0 { 0xff } else { 0 });
             if offset != 0 {
-                if !offset.is_multiple_of(cluster) || !seen.insert(offset) {
-                    return Err(Error::damaged(
-                        storage.path(),
-                        format!("bitmap {:?} has bits at {offset:#x}, not aligned or used twice", self.name),
-                    ));
+                if !seen.insert(offset) {
+                    return Err(damaged(format!("its bits at {offset:#x} are used twice")));
                 }
                 read_exact(storage, &mut bytes, offset, "a bitmap")?;
             }

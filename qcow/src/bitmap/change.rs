@@ -294,12 +294,12 @@ pub fn copy(
 ) -> Result<Copied> {
     let mut done = Copied::default();
     let all = list(source)?;
-    if let Some(broken) = all.iter().find(|b| b.in_use && !skip_broken) {
-        broken.trusted(source)?;
+    if !skip_broken {
+        all.iter().try_for_each(|b| b.trusted(source))?;
     }
     let mut change = Change::begin(storage, control)?;
     for from in all {
-        if from.in_use {
+        if from.trusted(source).is_err() {
             done.skipped.push(from.name);
             continue;
         }

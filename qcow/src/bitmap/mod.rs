@@ -4,6 +4,7 @@
 mod bits;
 mod change;
 
+use crate::entry::OFFSET_MASK;
 use crate::rw::BitmapDirectory;
 use crate::{Error, Header, Result, Storage};
 
@@ -19,6 +20,10 @@ const TABLE_MAX: u64 = 0x800_0000;
 const BITS_MAX: u64 = 0x2000_0000;
 const IN_USE: u32 = 1;
 const AUTO: u32 = 2;
+/// Whoever does not know the extra data may use the bitmap nevertheless.
+const EXTRA_COMPATIBLE: u32 = 4;
+/// Bits of a table's entry that must be clear.
+const TABLE_RESERVED: u64 = 0xff00_0000_0000_01fe;
 
 /// A persistent bitmap as the directory names it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -48,7 +53,13 @@ pub fn list(storage: &dyn Storage) -> Result<Vec<Bitmap>> {
     directory.entries(storage.path())?.into_iter().map(|at| read(storage, &header, &directory, at)).collect()
 }
 
-fn read(storage: &dyn Storage, header: &Header, directory: &BitmapDirectory, start: usize) -> Result<Bitmap> {
+/// Reads and checks one entry of the directory; its table is not looked at.
+pub(crate) fn read(
+    storage: &dyn Storage,
+    header: &Header,
+    directory: &BitmapDirectory,
+    start: usize,
+) -> Result<Bitmap> {
     let damaged = |what: String| {
         let at = directory.offset + start as u64;
         Err(Error::damaged(storage.path(), format!("the bitmap directory's entry at {at:#x}: {what}")))
@@ -65,15 +76,21 @@ fn read(storage: &dyn Storage, header: &Header, directory: &BitmapDirectory, sta
     if !(9..=31).contains(&bits) {
         return damaged(format!("granularity 2^{bits} is not 2^9 to 2^31"));
     }
+    if flags & !(IN_USE | AUTO | EXTRA_COMPATIBLE) != 0 {
+        return damaged(format!("flags {flags:#x} are unknown"));
+    }
+    if !(1..=NAME_MAX).contains(&name_len) {
+        return damaged(format!("its name is {name_len} bytes long, not 1 to {NAME_MAX}"));
+    }
     let name_at = start.saturating_add(24).saturating_add(extra_len);
     let Some(name) = directory.bytes.get(name_at..name_at.saturating_add(name_len)) else {
         return damaged("its name runs past the directory".into());
     };
     let table_offset = field(0, 8);
-    if !table_offset.is_multiple_of(header.cluster_size()) {
-        return damaged(format!("its table's offset {table_offset:#x} is not aligned"));
+    if table_offset == 0 || !table_offset.is_multiple_of(header.cluster_size()) {
+        return damaged(format!("its table's offset {table_offset:#x} is 0 or not aligned"));
     }
-    Ok(Bitmap {
+    let bitmap = Bitmap {
         name: String::from_utf8_lossy(name).into_owned(),
         granularity: 1 << bits,
         in_use: flags & IN_USE != 0,
@@ -83,21 +100,44 @@ fn read(storage: &dyn Storage, header: &Header, directory: &BitmapDirectory, sta
         flags,
         raw_name: name.to_vec(),
         extra: directory.bytes.get(start + 24..name_at).unwrap_or(&[]).to_vec(),
-    })
+    };
+    // One that is in use may be of the size that the disk had.
+    let needed = bitmap.entries(header);
+    if !bitmap.in_use && u64::from(bitmap.table_size) != needed {
+        return damaged(format!("its table has {} entries, and the disk needs {needed}", bitmap.table_size));
+    }
+    Ok(bitmap)
+}
+
+/// Where the bits that an entry of a bitmap's table names lie, 0 for nowhere; the error says why it is no such entry.
+pub(crate) fn bits_at(entry: u64, header: &Header) -> std::result::Result<u64, String> {
+    let offset = entry & OFFSET_MASK;
+    if entry & TABLE_RESERVED != 0 || offset != 0 && entry & 1 != 0 {
+        return Err(format!("its table's entry {entry:#x} has reserved bits"));
+    }
+    if !offset.is_multiple_of(header.cluster_size()) {
+        return Err(format!("its bits at {offset:#x} are not aligned"));
+    }
+    Ok(offset)
 }
 
 impl Bitmap {
-    /// Refuses a bitmap that some program did not finish with.
+    /// Refuses a bitmap that some program did not finish with, or that means something else to who knows its extra data.
     fn trusted(&self, storage: &dyn Storage) -> Result<()> {
-        if !self.in_use {
+        let why = if self.in_use {
+            "is in use or was left so, and"
+        } else if self.is_foreign() {
+            "has data of a newer program, and"
+        } else {
             return Ok(());
-        }
+        };
         Err(Error::unsupported(
             storage.path(),
-            format!(
-                "bitmap {:?} is in use or was left so, and cannot be trusted: it can only be removed",
-                self.name
-            ),
+            format!("bitmap {:?} {why} cannot be trusted: it can only be removed", self.name),
         ))
+    }
+
+    fn is_foreign(&self) -> bool {
+        !self.extra.is_empty() && self.flags & EXTRA_COMPATIBLE == 0
     }
 }

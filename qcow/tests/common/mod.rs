@@ -2,6 +2,7 @@
 #![allow(dead_code, missing_docs)]
 
 pub mod exercise;
+pub mod maker;
 pub mod volatile;
 
 use std::path::{Path, PathBuf};

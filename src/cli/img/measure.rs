@@ -2,7 +2,6 @@
 
 use std::sync::Arc;
 
-use knib_qcow::measure::Shape;
 use knib_qcow::{Format, Layers, Preallocation, Storage, bitmap};
 
 use super::create::format_named;
@@ -67,37 +66,31 @@ fn run(given: &Given) -> Done {
     if let Some(bytes) = layers.as_ref().map(Layers::size).or(bytes) {
         wanted.set("size", &bytes.to_string())?;
     }
-    let plan = wanted.plan()?;
-    let (required, full) = match target {
-        Format::Raw => (plan.qcow2.size, plan.qcow2.size),
+    let (required, full, of_bitmaps) = match target {
+        Format::Raw => {
+            let whole = wanted.bytes("size").unwrap_or(0).next_multiple_of(512);
+            (whole, whole, None)
+        }
         Format::Qcow2 => {
-            let new = &plan.qcow2;
-            let shape = Shape {
-                size: new.size,
-                cluster_bits: new.cluster_bits,
-                refcount_order: new.refcount_order,
-                extended_l2: new.extended_l2,
-            };
-            if !shape.is_possible() {
+            let new = wanted.shape()?;
+            if !new.shape.is_possible() {
                 return Err(Failure::new("The image size is too large (try using a larger cluster size)"));
             }
-            let cluster = 1u64 << new.cluster_bits;
-            let (whole, full) = (new.size.next_multiple_of(cluster), shape.fully_allocated());
+            let cluster = 1u64 << new.shape.cluster_bits;
+            let (whole, full) = (new.shape.size.next_multiple_of(cluster), new.shape.fully_allocated());
             // How much a backing file will save is not known.
-            let all = matches!(plan.preallocation, Preallocation::Falloc | Preallocation::Full)
-                || new.backing.is_some() && layers.is_some();
+            let all = matches!(new.preallocation, Preallocation::Falloc | Preallocation::Full)
+                || new.has_backing && layers.is_some();
             let data = match &layers {
                 _ if all => whole,
                 Some(layers) => data(layers, cluster)?.min(whole),
                 None => 0,
             };
-            (full - whole + data, full)
+            (full - whole + data, full, (new.version >= 3).then_some(cluster))
         }
     };
-    let bitmaps = match &opened {
-        Some(o) if target == Format::Qcow2 && plan.qcow2.version >= 3 => {
-            bitmap_bytes(o, 1 << plan.qcow2.cluster_bits)?
-        }
+    let bitmaps = match (&opened, of_bitmaps) {
+        (Some(o), Some(cluster)) => bitmap_bytes(o, cluster)?,
         _ => None,
     };
     match output {
