@@ -311,14 +311,19 @@ impl<'a> Check<'a> {
                     if word & COPIED != 0 || subclusters != 0 {
                         self.report.corrupt(format!("{}: flags that compressed clusters lack", what()));
                     }
-                    // The count of sectors may reach past the end of the file, the first byte may not.
-                    let max_len = max_len.min(self.len.saturating_sub(offset)).max(1);
                     if active {
                         self.report.usage.allocated += 1;
                         self.report.usage.compressed += 1;
                         self.report.usage.fragmented += 1;
                     }
-                    self.count(offset, max_len, what(), Use::Data);
+                    if L2::compressed_is_inside(offset, max_len, self.len, h) {
+                        self.counts.add_bytes(offset, max_len, h.cluster_bits);
+                    } else {
+                        self.report.corrupt(format!(
+                            "{} at {offset:#x} ({max_len} bytes) lies outside the file",
+                            what()
+                        ));
+                    }
                 }
                 Ok(L2::Data(offset) | L2::Zero { allocated: Some(offset) }) => {
                     if allocated & zero != 0 {

@@ -57,6 +57,12 @@ impl L2 {
         Ok(if held { L2::Data(offset) } else { L2::Unallocated })
     }
 
+    /// Whether a compressed cluster lies in a file of `file_len` bytes: its sectors may reach past the end, but not by a
+    /// whole cluster, as for QEMU. Whoever gives it up gives back every cluster that they touch, so each is counted.
+    pub fn compressed_is_inside(offset: u64, max_len: u64, file_len: u64, header: &Header) -> bool {
+        offset < file_len && (offset + max_len).saturating_sub(file_len) < header.cluster_size()
+    }
+
     /// Encodes a compressed cluster of `len` stored bytes at `offset`.
     pub fn compressed(offset: u64, len: u64, cluster_bits: u32) -> u64 {
         let x = 62 - (cluster_bits - 8);

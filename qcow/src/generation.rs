@@ -23,6 +23,9 @@ pub(crate) struct Generation {
     /// What is in use now or will be.
     busy: Counts,
     old: Counts,
+    /// Length of the file when it was checked, in bytes.
+    checked_len: u64,
+    /// The same now.
     len: u64,
     /// No cluster below is free.
     hint: u64,
@@ -50,7 +53,7 @@ impl Generation {
         for offset in counted.blocks.into_iter().filter(|offset| *offset != 0) {
             counts.remove_bytes(offset, cluster, bits);
         }
-        Ok(Self { storage, header, counts, old: busy.clone(), busy, len, hint: 1, move_from: u64::MAX })
+        Ok(Self { storage, header, counts, old: busy.clone(), busy, checked_len: len, len, hint: 1, move_from: u64::MAX })
     }
 
     pub(crate) fn path(&self) -> &std::path::Path {
@@ -144,8 +147,14 @@ impl Generation {
         }
         match L2::decode(word, &self.header) {
             Ok(L2::Compressed { offset, max_len }) => {
-                let len = max_len.min(self.len.saturating_sub(offset)).max(1);
-                self.change(offset, len, add);
+                // What lies outside the file was never counted.
+                let bits = self.header.cluster_bits;
+                let inside = L2::compressed_is_inside(offset, max_len, self.checked_len, &self.header);
+                match (inside, add) {
+                    (false, _) => {}
+                    (true, true) => self.counts.add_bytes(offset, max_len, bits),
+                    (true, false) => self.counts.remove_bytes(offset, max_len, bits),
+                }
             }
             Ok(L2::Data(offset) | L2::Zero { allocated: Some(offset) }) if !self.header.external_data() => {
                 self.change(offset, self.header.cluster_size(), add);

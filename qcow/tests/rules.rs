@@ -354,6 +354,60 @@ fn a_cluster_past_the_end_of_the_file_is_damage_to_everyone() {
 }
 
 #[test]
+fn the_sectors_of_a_compressed_cluster_may_reach_past_the_end_and_are_all_counted() {
+    let (_dir, at) = temp();
+    std::fs::write(at("raw"), vec![7u8; 64 << 10]).unwrap();
+    let options = "cluster_size=4k,compat=0.10";
+    qemu_img(&["convert", "-c", "-f", "raw", "-O", "qcow2", "-o", options, s(&at("raw")), s(&at("a"))]);
+    let model = content(&at("a"), Format::Qcow2);
+    let mut sound = std::fs::read(at("a")).unwrap();
+    sound.resize(sound.len().next_multiple_of(4096), 0);
+    let word = |at: usize| u64::from_be_bytes(sound[at..at + 8].try_into().unwrap());
+    let l2 = (word(word(40) as usize) & 0x00ff_ffff_ffff_fe00) as usize;
+    let block = word(word(48) as usize) as usize;
+    let end = sound.len() as u64 / 4096;
+    // The last cluster that was packed; x = 58 here. It lies in the file's last cluster.
+    let last = l2 + 15 * 8;
+    let offset = word(last) & ((1 << 58) - 1);
+    assert_eq!(offset >> 12, end - 1);
+    // Sectors up to the file's end, and one more.
+    let within = 7 - ((offset >> 9) & 7);
+    // Sectors, whether the cluster past the end is counted, flags; what is found.
+    for (sectors, counted, flags, clean) in [
+        (within, false, 0, true),
+        (within + 1, false, 0, false),
+        (within + 1, true, 0, true),
+        (within + 8, true, 0, false),
+        (within, false, 1u64 << 63, false),
+    ] {
+        let what = format!("{sectors} {counted} {flags:#x}");
+        let mut bytes = sound.clone();
+        bytes[last..last + 8].copy_from_slice(&(1 << 62 | sectors << 58 | offset | flags).to_be_bytes());
+        bytes[block + end as usize * 2 + 1] = u8::from(counted);
+        std::fs::write(at("a"), &bytes).unwrap();
+        let (code, text) = tool("qemu-img", &["check", "-f", "qcow2", s(&at("a"))]);
+        assert_eq!(code == 0, clean, "{what}: {text}");
+        let found = report_of(Memory::new(&bytes)).unwrap();
+        assert_eq!(found.corruptions == 0, clean, "{what}: {:?}", found.messages);
+        assert!(content(&at("a"), Format::Qcow2) == model, "{what}: it is read all the same");
+        if !clean {
+            continue;
+        }
+        // It can be shared, given up and written over.
+        let storage = || FileStorage::open(&at("a"), Access::ReadWrite).unwrap();
+        quiet(|c| snapshot::create(storage(), "s", c)).unwrap();
+        checked(&at("a"));
+        let mut open = rw(&at("a")).unwrap();
+        open.write_at(&[9; 4096], 15 << 12).unwrap();
+        open.flush().unwrap();
+        drop(open);
+        checked(&at("a"));
+        quiet(|c| snapshot::delete(storage(), "s", c)).unwrap();
+        checked(&at("a"));
+    }
+}
+
+#[test]
 fn data_past_the_end_of_an_external_file_reads_as_zeros() {
     let (_dir, at) = temp();
     qemu_img(&["create", "-q", "-f", "qcow2", "-o", &format!("data_file={}", s(&at("d"))), s(&at("a")), "1M"]);
