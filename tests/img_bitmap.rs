@@ -216,3 +216,52 @@ fn a_bitmap_changes_while_nobody_else_uses_the_image() {
     drop(reader);
     bench.img(&["bitmap", "--clear", "a.qcow2", "fine"]);
 }
+
+#[test]
+fn what_an_image_stands_on_is_not_needed_for_its_bitmaps() {
+    let bench = Bench::new();
+    bench.qemu_img(&["create", "-q", "-f", "qcow2", "base.qcow2", "1M"]);
+    bench.qemu_img(&["create", "-q", "-f", "qcow2", "-b", "base.qcow2", "-F", "qcow2", "a.qcow2"]);
+    bench.qemu_img(&["bitmap", "--add", "a.qcow2", "there"]);
+    let lines = [
+        &["bitmap", "--add", "a.qcow2", "new"][..],
+        &["bitmap", "--clear", "--disable", "a.qcow2", "there"],
+        &["bitmap", "--remove", "a.qcow2", "there"],
+    ];
+    // Another program writes to the base.
+    let held = knib_qcow::FileStorage::open_with(
+        &bench.path("base.qcow2"),
+        knib_qcow::Access::ReadWrite,
+        knib_qcow::Locking::Writer,
+    )
+    .unwrap();
+    for line in lines {
+        let copy = bench.copy();
+        let name = format!("{}/base.qcow2", bench.dir.path().display());
+        copy.qemu_img(&["rebase", "-u", "-b", &name, "-F", "qcow2", "a.qcow2"]);
+        let (theirs, ours, said) = copy.same_changes(line);
+        assert_eq!(said.code, Some(0), "{line:?}");
+        assert_eq!(bitmaps_alone(&ours), bitmaps_alone(&theirs), "{line:?}");
+    }
+    drop(held);
+    // It is gone.
+    std::fs::remove_file(bench.path("base.qcow2")).unwrap();
+    for line in lines {
+        let (theirs, ours, said) = bench.same_changes(line);
+        assert_eq!(said.code, Some(0), "{line:?}");
+        assert_eq!(bitmaps_alone(&ours), bitmaps_alone(&theirs), "{line:?}");
+    }
+    // A data file is another matter.
+    bench.qemu_img(&["create", "-q", "-f", "qcow2", "-o", "data_file=d", "external.qcow2", "1M"]);
+    std::fs::remove_file(bench.path("d")).unwrap();
+    let (_, _, said) = bench.same_changes(&["bitmap", "--add", "external.qcow2", "new"]);
+    assert_eq!(said.code, Some(1));
+}
+
+/// The bitmaps of an image that cannot be opened with what it stands on.
+fn bitmaps_alone(bench: &Bench) -> Vec<(String, bool, bool)> {
+    let storage =
+        knib_qcow::FileStorage::open(&bench.path("a.qcow2"), knib_qcow::Access::Read).unwrap();
+    let all = knib_qcow::bitmap::list(&*storage).unwrap();
+    all.into_iter().map(|b| (b.name, b.auto, b.in_use)).collect()
+}

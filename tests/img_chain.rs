@@ -35,6 +35,56 @@ fn what_an_overlay_holds_goes_into_its_base() {
 }
 
 #[test]
+fn the_base_of_a_commit_may_be_spelt_in_any_way() {
+    let bench = Bench::new();
+    bench.qemu_img(&["create", "-q", "-f", "qcow2", "base", "1M"]);
+    bench.qemu_img(&["create", "-q", "-f", "qcow2", "-b", "base", "-F", "qcow2", "mid"]);
+    bench.qemu_img(&["create", "-q", "-f", "qcow2", "-b", "./mid", "-F", "qcow2", "top"]);
+    bench.io("qcow2", "mid", &["write -P 1 0 64k"]);
+    bench.io("qcow2", "top", &["write -P 2 64k 64k"]);
+    // A name of a file that is there, but no one of the chain; a folder that a path goes through.
+    bench.qemu_img(&["create", "-q", "-f", "qcow2", "other", "1M"]);
+    let run = |words: &[&str], folder: &str| {
+        let (a, b) = (bench.copy(), bench.copy());
+        let line = |copy: &Bench| -> Vec<String> {
+            std::fs::create_dir(copy.path("d")).unwrap();
+            std::os::unix::fs::symlink("base", copy.path("link")).unwrap();
+            let here = copy.path("").to_str().unwrap().to_owned();
+            words.iter().map(|word| word.replace("HERE/", &here)).collect()
+        };
+        let (left, right) = (line(&a), line(&b));
+        let (wanted, _) = img_support::theirs(&left.iter().map(String::as_str).collect::<Vec<_>>(), &a.path(folder));
+        let (said, errors) =
+            img_support::ours(&right.iter().map(String::as_str).collect::<Vec<_>>(), &b.path(folder));
+        assert_eq!(said, wanted, "{words:?} in {folder:?}: {errors}");
+        for image in ["base", "mid", "top", "other"] {
+            assert!(a.guest("qcow2", image) == b.guest("qcow2", image), "{words:?} in {folder:?}: {image}");
+        }
+        said.code
+    };
+    for (base, code) in [
+        ("base", 0),
+        ("./base", 0),
+        ("HERE/base", 0),
+        ("d/../base", 0),
+        ("link", 0),
+        ("mid", 0),
+        ("HERE/./mid", 0),
+        ("top", 1),
+        ("./top", 1),
+        ("other", 1),
+        ("d/base", 1),
+        ("", 1),
+        ("file:base", 1),
+    ] {
+        assert_eq!(run(&["commit", "-b", base, "top"], ""), Some(code), "{base}");
+        // Seen from the image, wherever the program runs.
+        assert_eq!(run(&["commit", "-b", base, "../top"], "d"), Some(code), "{base} from elsewhere");
+    }
+    assert_eq!(run(&["commit", "-b", "../base", "../top"], "d"), Some(1));
+}
+
+#[test]
 fn an_image_shows_the_same_on_another_backing_file() {
     let bench = Bench::new();
     zoo(&bench);

@@ -71,6 +71,42 @@ fn damaged_refcounts_are_repaired_and_told_alike() {
 }
 
 #[test]
+fn refcount_blocks_that_share_their_place_are_told_alike_and_only_all_makes_them_anew() {
+    let bench = Bench::new();
+    bench.qemu_img(&["create", "-q", "-f", "qcow2", "-o", "cluster_size=4k", "base.qcow2", "1M"]);
+    bench.io("qcow2", "base.qcow2", &["write -P 1 0 64k"]);
+    let wanted = bench.guest("qcow2", "base.qcow2");
+    let base = std::fs::read(bench.path("base.qcow2")).unwrap();
+    let word = |at: usize| u64::from_be_bytes(base[at..at + 8].try_into().unwrap());
+    let (table, l1) = (word(48) as usize, word(40));
+    let block = word(table);
+    let l2 = word(l1 as usize) & 0x00ff_ffff_ffff_fe00;
+    let data = word(l2 as usize) & 0x00ff_ffff_ffff_fe00;
+    for (what, at, value) in [
+        ("the same block twice", table + 8, block),
+        ("a block where the L1 table lies", table + 8, l1),
+        ("a block where data lies", table + 8, data),
+        ("a block whose entry has reserved bits", table, block | 1),
+        ("data where the block lies", l2 as usize + 256, block),
+    ] {
+        let mut hurt = base.clone();
+        hurt[at..at + 8].copy_from_slice(&value.to_be_bytes());
+        std::fs::write(bench.path("hurt.qcow2"), hurt).unwrap();
+        assert_eq!(bench.same(&["check", "hurt.qcow2"]).code, Some(2), "{what}");
+        let (_, ours, said) = bench.same_changes(&["check", "-r", "leaks", "hurt.qcow2"]);
+        assert_eq!(said.code, Some(1), "{what}");
+        let left = |b: &Bench| std::fs::read(b.path("hurt.qcow2")).unwrap();
+        assert!(left(&ours) == left(&bench), "{what}: nothing was written");
+        let copy = bench.copy();
+        copy.img(&["check", "-r", "all", "hurt.qcow2"]);
+        copy.qemu_img(&["check", "-q", "hurt.qcow2"]);
+        if !what.starts_with("data") {
+            assert!(copy.guest("qcow2", "hurt.qcow2") == wanted, "{what}");
+        }
+    }
+}
+
+#[test]
 fn a_header_that_lost_its_refcount_table_is_checked_and_repaired_alike() {
     let bench = Bench::new();
     bench.qemu_img(&["create", "-q", "-f", "qcow2", "base.qcow2", "4M"]);

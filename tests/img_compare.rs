@@ -131,3 +131,46 @@ fn a_measure_looks_only_at_the_options_that_count_for_it() {
         bench.same(&["measure", "-o", options, "--size", "1M"]);
     }
 }
+
+#[test]
+fn damage_ends_a_comparison_with_the_code_of_qemu() {
+    let bench = Bench::new();
+    bench.qemu_img(&["create", "-q", "-f", "qcow2", "-o", "cluster_size=4k", "good.qcow2", "1M"]);
+    bench.io("qcow2", "good.qcow2", &["write -P 1 0 64k", "write -c -P 1 64k 4k"]);
+    let good = std::fs::read(bench.path("good.qcow2")).unwrap();
+    let word = |at: usize| u64::from_be_bytes(good[at..at + 8].try_into().unwrap());
+    let l1 = word(40) as usize;
+    let l2 = (word(l1) & 0x00ff_ffff_ffff_fe00) as usize;
+    let stored = (word(l2 + 128) & 0x03ff_ffff_ffff_ffff) as usize;
+    let entry = |value: u64| value.to_be_bytes().to_vec();
+    for (what, at, bytes, code) in [
+        ("a cluster that lies askew", l2 + 8, entry(word(l2 + 8) | 0x200), 3),
+        ("an L2 table that lies askew", l1, entry(word(l1) | 0x200), 3),
+        ("compressed bytes that are none", stored, vec![0xff; 30], 4),
+        ("compressed bytes past the end", l2 + 128, entry(1 << 62 | 1 << 40), 4),
+    ] {
+        let mut hurt = good.clone();
+        hurt[at..at + bytes.len()].copy_from_slice(&bytes);
+        std::fs::write(bench.path("hurt.qcow2"), hurt).unwrap();
+        for line in [
+            &["compare", "hurt.qcow2", "good.qcow2"][..],
+            &["compare", "good.qcow2", "hurt.qcow2"],
+            &["compare", "-s", "hurt.qcow2", "good.qcow2"],
+            &["compare", "-s", "good.qcow2", "hurt.qcow2"],
+        ] {
+            // QEMU marks an image in which it comes upon such damage.
+            let (_, _, said) = bench.same_changes(line);
+            assert_eq!(said.code, Some(code), "{what}: {line:?}");
+        }
+    }
+    // What cannot be read, and is known to be stored in another way.
+    bench.io("qcow2", "good.qcow2", &["write -P 1 64k 4k"]);
+    std::fs::write(bench.path("hurt.qcow2"), {
+        let mut hurt = good.clone();
+        hurt[stored..stored + 30].fill(0xff);
+        hurt
+    })
+    .unwrap();
+    assert_eq!(bench.same(&["compare", "-s", "hurt.qcow2", "good.qcow2"]).code, Some(1));
+    assert_eq!(bench.same(&["compare", "hurt.qcow2", "good.qcow2"]).code, Some(4));
+}

@@ -277,3 +277,61 @@ fn progress_is_percentages_that_end_at_a_hundred() {
     assert!(shown.starts_with("    (0.00/100%)\r") && shown.ends_with("    (100.00/100%)\r\n"), "{shown:?}");
     assert_eq!(bench.img(&["convert", "-p", "-q", "top.qcow2", "out"]), "");
 }
+
+#[test]
+fn progress_begins_and_ends_as_qemus() {
+    let bench = Bench::new();
+    bench.qemu_img(&["create", "-q", "-f", "qcow2", "base", "8M"]);
+    bench.io("qcow2", "base", &["write -P 1 0 4M"]);
+    std::fs::copy(bench.path("base"), bench.path("same")).unwrap();
+    bench.qemu_img(&["create", "-q", "-f", "qcow2", "-b", "base", "-F", "qcow2", "top"]);
+    bench.io("qcow2", "top", &["write -P 2 4M 3M"]);
+    bench.qemu_img(&["create", "-q", "-f", "qcow2", "empty", "0"]);
+    // How far each step goes depends on who works; what stands around the steps does not.
+    let ends = |text: &str| {
+        let lines: Vec<&str> = text.split_inclusive('\r').collect();
+        let steps = lines.iter().filter(|l| l.starts_with("    (") && l.ends_with("/100%)\r")).count();
+        let first = lines.first().copied().unwrap_or("").to_owned();
+        let last = lines.last().copied().unwrap_or("").to_owned();
+        assert!(steps + 1 >= lines.len(), "{text:?}");
+        (first, text.contains("    (100.00/100%)\r"), last)
+    };
+    for line in [
+        &["convert", "-O", "qcow2", "top", "out"][..],
+        &["convert", "empty", "out"],
+        &["convert", "missing", "out"],
+        &["convert", "-O", "nonsense", "base", "out"],
+        &["convert", "-t", "nonsense", "base", "out"],
+        &["convert", "-S", "7", "base", "out"],
+        &["convert", "base", "missing/out"],
+        &["convert", "base"],
+        &["compare", "base", "same"],
+        &["compare", "-s", "empty", "base"],
+        &["compare", "-T", "nonsense", "base", "same"],
+        &["compare", "missing", "base"],
+        &["compare", "base"],
+        &["commit", "top"],
+        &["commit", "-d", "top"],
+        &["commit", "base"],
+        &["commit", "missing"],
+        &["commit", "-f", "raw", "base"],
+        &["commit", "-b", "missing", "top"],
+        &["commit", "-t", "nonsense", "top"],
+        &["rebase", "-b", "same", "-F", "qcow2", "top"],
+        &["rebase", "-u", "-b", "same", "-F", "qcow2", "top"],
+        &["rebase", "-b", "missing", "-F", "qcow2", "top"],
+        &["rebase", "-t", "nonsense", "-b", "same", "-F", "qcow2", "top"],
+        &["rebase", "missing"],
+        &["amend", "-o", "lazy_refcounts=on", "base"],
+        &["amend", "-o", "compat=0.10", "top"],
+        &["amend", "-o", "compat=1.1", "missing"],
+        &["amend", "-t", "nonsense", "-o", "compat=1.1", "base"],
+    ] {
+        let line = [line, &["-p"]].concat();
+        let (a, b) = (bench.copy(), bench.copy());
+        let (wanted, _) = img_support::theirs(&line, a.dir.path());
+        let (said, errors) = img_support::ours(&line, b.dir.path());
+        assert_eq!(said.code, wanted.code, "{line:?}: {errors}");
+        assert_eq!(ends(&said.stdout), ends(&wanted.stdout), "{line:?}");
+    }
+}

@@ -30,6 +30,9 @@ pub struct Report {
     pub flags: u64,
     /// Clusters in use whose refcount is 0, which a writer would take for free: only [`crate::Repair::All`] helps.
     pub uncounted: u64,
+    /// Refcount blocks that cannot be used as they are (askew, with reserved bits, or in a cluster that others use too):
+    /// only [`crate::Repair::All`] helps.
+    pub blocks: u64,
     /// The first of them in words, at most 100.
     pub messages: Vec<String>,
     /// How the clusters of the disk are laid out.
@@ -89,6 +92,8 @@ pub(crate) struct Counted {
     pub(crate) counts: Counts,
     /// Offsets of the refcount blocks that were counted; 0 for none.
     pub(crate) blocks: Vec<u64>,
+    /// Those that were counted once more, since the table names them again.
+    pub(crate) doubled: Vec<u64>,
 }
 
 /// As [`check`], with the counts.
@@ -99,7 +104,7 @@ pub(crate) fn count(image: &Image, control: &Control) -> Result<Counted> {
     let (counts, structural) = (c.counts.clone(), c.report.corruptions - c.flags - c.incomplete + overlaps);
     c.compare(&blocks)?;
     let incomplete = c.incomplete > 0;
-    Ok(Counted { report: c.report, structural, incomplete, counts, blocks })
+    Ok(Counted { report: c.report, structural, incomplete, counts, blocks, doubled: c.doubled })
 }
 
 /// What a reference is for, as far as others may share the cluster.
@@ -136,6 +141,8 @@ struct Check<'a> {
     flags: u64,
     /// Snapshots' entries that lack what version 3 wants.
     incomplete: u64,
+    /// Offsets of refcount blocks for each time that the table names them again.
+    doubled: Vec<u64>,
     /// The refcount block that was read last: its number and bytes.
     stored: Option<(usize, Vec<u8>)>,
     report: Report,
@@ -154,6 +161,7 @@ impl<'a> Check<'a> {
             tables: HashMap::new(),
             flags: 0,
             incomplete: 0,
+            doubled: Vec::new(),
             stored: None,
             report: Report::default(),
             control,
@@ -218,15 +226,21 @@ impl<'a> Check<'a> {
             let offset = *entry & BLOCK_MASK;
             let what = format!("refcount block {number}");
             if *entry & TABLE_RESERVED != 0 {
+                self.report.blocks += 1;
                 self.report.corrupt(format!("{what}: its entry has reserved bits"));
             }
             if offset != 0 && !seen.insert(offset) {
+                self.report.blocks += 1;
                 self.report.corrupt(format!("{what} at {offset:#x} is another one's too"));
+                if self.count(offset, h.cluster_size(), &what, Use::Alone) {
+                    self.doubled.push(offset);
+                }
                 *entry = 0;
                 continue;
             }
             let aligned = offset.is_multiple_of(h.cluster_size());
             if !aligned {
+                self.report.blocks += 1;
                 self.report.corrupt(format!("{what} at {offset:#x} is not aligned"));
             }
             // A block is read whole, so it must be there whole.
@@ -496,6 +510,20 @@ impl<'a> Check<'a> {
         let h = self.header;
         let per_block = (h.cluster_size() * 8) >> h.refcount_order;
         let end = self.len.div_ceil(h.cluster_size());
+        // Blocks that share their cluster: this is told by itself, whatever its refcount says.
+        let mut told: HashSet<u64> = self.doubled.iter().map(|offset| offset >> h.cluster_bits).collect();
+        for (number, offset) in table.iter().enumerate().filter(|(_, offset)| **offset != 0) {
+            let cluster = offset >> h.cluster_bits;
+            let doubled = self.doubled.iter().filter(|at| *at == offset).count() as u64;
+            let others = u64::from(self.counts.get(cluster)).saturating_sub(1 + doubled);
+            if others > 0 {
+                self.report.blocks += 1;
+                self.report.corrupt(format!(
+                    "refcount block {number} at {offset:#x}: a table, and something else too ({others} other references)"
+                ));
+                told.insert(cluster);
+            }
+        }
         for (number, offset) in table.iter().enumerate().filter(|(_, offset)| **offset != 0) {
             if self.control.cancel.load(Ordering::Relaxed) {
                 return Err(Error::Cancelled);
@@ -510,7 +538,7 @@ impl<'a> Check<'a> {
                 if cluster >= end && counted == 0 {
                     continue;
                 }
-                let overlap = self.overlap(cluster);
+                let overlap = !told.contains(&cluster) && self.overlap(cluster);
                 if stored > 0 || counted > 0 {
                     self.used(cluster);
                 }

@@ -50,7 +50,7 @@ impl Generation {
             u64::from(header.refcount_table_clusters) << bits,
             bits,
         );
-        for offset in counted.blocks.into_iter().filter(|offset| *offset != 0) {
+        for offset in counted.blocks.into_iter().chain(counted.doubled).filter(|offset| *offset != 0) {
             counts.remove_bytes(offset, cluster, bits);
         }
         Ok(Self { storage, header, counts, old: busy.clone(), busy, checked_len: len, len, hint: 1, move_from: u64::MAX })

@@ -1,5 +1,6 @@
 //! New images from the options that `-o` takes: read, checked in QEMU's order, described, made.
 
+use std::io::ErrorKind;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -377,18 +378,18 @@ pub struct Plan {
 impl Plan {
     /// Makes the image at `path`, over what is there, and returns it open for writing.
     pub fn make(&self, path: &Path) -> Result<Arc<FileStorage>, Failure> {
-        let new = std::fs::symlink_metadata(path).is_err();
-        self.make_over(path).inspect_err(|_| {
-            // No empty file stays behind where there was none; that it cannot be removed changes nothing.
-            if new {
-                let _ = std::fs::remove_file(path);
+        self.open_data_file(path)?;
+        let target = Target::open(path)?;
+        match self.write(&target.file, path) {
+            Ok(()) => Ok(target.file),
+            Err(failure) => {
+                target.give_up();
+                Err(failure)
             }
-        })
+        }
     }
 
-    fn make_over(&self, path: &Path) -> Result<Arc<FileStorage>, Failure> {
-        self.open_data_file(path)?;
-        let file = target(path)?;
+    fn write(&self, file: &Arc<FileStorage>, path: &Path) -> Result<(), Failure> {
         let new = &self.qcow2;
         let wrong = |e: std::io::Error| Failure::new(format!("Could not create '{}': {e}", path.display()));
         if self.format == Format::Raw {
@@ -396,8 +397,7 @@ impl Plan {
                 file.set_len(0).map_err(wrong)?;
             }
             file.set_len(new.size).map_err(wrong)?;
-            fill(&file, 0, new.size, self.preallocation).map_err(wrong)?;
-            return Ok(file);
+            return fill(file, 0, new.size, self.preallocation).map_err(wrong);
         }
         create_with(file.clone(), new)?;
         if self.preallocation != Preallocation::Off {
@@ -405,7 +405,7 @@ impl Plan {
             let mut image = ImageMut::open_over(file.clone(), &PlainPaths, None)?;
             image.preallocate(0..new.size, self.preallocation)?;
         }
-        Ok(file)
+        Ok(())
     }
 
     /// Makes the external data file, and gives it its size.
@@ -446,13 +446,84 @@ pub fn fill(file: &FileStorage, offset: u64, len: u64, how: Preallocation) -> st
 
 /// Opens a file to be written anew, which may not be there yet; what it holds stays until it is written.
 pub fn target(path: &Path) -> Result<Arc<FileStorage>, Failure> {
-    let there = std::fs::symlink_metadata(path).is_ok();
-    // A link to what is not there yet: that file is made, as by any program that opens it to write.
-    let missing = std::fs::metadata(path).is_err_and(|e| e.kind() == std::io::ErrorKind::NotFound);
-    if let (true, true, Ok(to)) = (there, missing, std::fs::read_link(path)) {
-        return target(&path.parent().unwrap_or(Path::new("")).join(to));
+    Ok(Target::open(path)?.file)
+}
+
+/// A file that is to be written anew, under a writer's lock.
+struct Target {
+    file: Arc<FileStorage>,
+    /// Whether it was made here, and was not there before.
+    made: bool,
+}
+
+impl Target {
+    fn open(path: &Path) -> Result<Self, Failure> {
+        let wrong = |e| Failure::new(format!("Could not create '{}': {e}", path.display()));
+        // Made or found in one step: what another program makes meanwhile is found.
+        let error = match FileStorage::create_new(path) {
+            Ok(file) => return Ok(Self { file, made: true }),
+            Err(error) => error,
+        };
+        let found = matches!(&error, knib_qcow::Error::Io { source, .. } if source.kind() == ErrorKind::AlreadyExists);
+        if !found {
+            return Err(wrong(error));
+        }
+        // A link to what is not there yet: that file is made, as by any program that opens it to write.
+        let missing = std::fs::metadata(path).is_err_and(|e| e.kind() == ErrorKind::NotFound);
+        if let (true, Ok(to)) = (missing, std::fs::read_link(path)) {
+            return Self::open(&path.parent().unwrap_or(Path::new("")).join(to));
+        }
+        let file = FileStorage::open(path, Access::ReadWrite).map_err(wrong)?;
+        Ok(Self { file, made: false })
     }
-    let opened =
-        if there { FileStorage::open(path, Access::ReadWrite) } else { FileStorage::create_new(path) };
-    opened.map_err(|e| Failure::new(format!("Could not create '{}': {e}", path.display())))
+
+    /// No file stays behind where there was none; that it cannot be removed changes nothing. One that another program
+    /// put in its place is that program's.
+    fn give_up(self) {
+        let path = self.file.path();
+        if self.made && super::open::identity(path) == self.file.identity() {
+            let _ = std::fs::remove_file(path);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_a_file_that_was_made_here_is_removed_when_its_image_cannot_be() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("a");
+        Target::open(&path).unwrap().give_up();
+        assert!(!path.exists(), "it was made here");
+        // Another program's, there before us.
+        std::fs::write(&path, "other").unwrap();
+        let target = Target::open(&path).unwrap();
+        assert_eq!(std::fs::read(&path).unwrap(), b"other", "nothing is written by opening it");
+        target.give_up();
+        assert!(path.exists());
+        // Another program's, put in the place of ours.
+        std::fs::remove_file(&path).unwrap();
+        let target = Target::open(&path).unwrap();
+        std::fs::write(dir.path().join("b"), "other").unwrap();
+        std::fs::rename(dir.path().join("b"), &path).unwrap();
+        target.give_up();
+        assert_eq!(std::fs::read(&path).unwrap(), b"other");
+        // The file that a link names, not the link.
+        std::os::unix::fs::symlink("to", dir.path().join("link")).unwrap();
+        Target::open(&dir.path().join("link")).unwrap().give_up();
+        assert!(!dir.path().join("to").exists());
+        assert!(dir.path().join("link").is_symlink());
+    }
+
+    #[test]
+    fn a_file_in_the_making_is_locked() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("a");
+        let first = Target::open(&path).unwrap();
+        let refused = Target::open(&path).err().unwrap().text;
+        assert!(refused.contains("in use"), "{refused}");
+        first.give_up();
+    }
 }

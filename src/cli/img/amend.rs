@@ -50,8 +50,10 @@ fn run(given: &Given) -> Done {
         say(HELP)?;
         return Ok(0);
     }
+    let name = given.one_name()?;
+    let progress = Progress::of(given, 1.0);
     check_cache(given, "cache")?;
-    let opened = open(given.one_name()?, given.text("format")?, Mode::Write)?;
+    let opened = open(name, given.text("format")?, Mode::Write)?;
     if let Some(text) = opened.warning() {
         warn(&text);
     }
@@ -111,7 +113,7 @@ fn run(given: &Given) -> Done {
             "Lazy refcounts only supported with compatibility level 1.1 and above (use compat=1.1 or greater)",
         ));
     }
-    let progress = Progress::begin(given.has("progress") && !given.has("quiet"));
+    progress.begin();
     let storage: Arc<dyn Storage> = opened.storage.clone();
     let cancel = AtomicBool::new(false);
     let control = Control { threads: threads(None), rate_limit: None, cancel: &cancel, progress: &|_| {} };

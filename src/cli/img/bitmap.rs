@@ -2,7 +2,7 @@
 
 use std::sync::atomic::AtomicBool;
 
-use knib_qcow::{Control, FileStorage, Format, bitmap};
+use knib_qcow::{Control, FileStorage, Format, Image, bitmap};
 
 use super::options::{Given, long_flag, long_value, value};
 use super::{Command, Done, threads, warn};
@@ -63,7 +63,10 @@ fn run(given: &Given) -> Done {
     if let Some(text) = opened.warning() {
         warn(&text);
     }
-    drop(opened.chain(&Following::new(false))?);
+    if opened.format == Format::Qcow2 {
+        // Its data file must be there. What it stands on is not looked at: bitmaps say nothing of it.
+        drop(Image::open(opened.storage.clone(), &Following::new(false)).map_err(|e| opened.wrong(&e))?);
+    }
     let source = given.last("source-file").map(|n| open(n, given.text("source-format")?, Mode::Read));
     let source = source.transpose()?;
     for (action, value) in actions {

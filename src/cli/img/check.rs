@@ -91,6 +91,12 @@ fn run(given: &Given) -> Done {
                     repaired.after.uncounted
                 )));
             }
+            if what == Repair::Leaks && repaired.after.blocks > 0 {
+                return Err(Failure::new(format!(
+                    "Check failed: {} refcount blocks cannot be used as they are, and only -r all makes refcounts anew",
+                    repaired.after.blocks
+                )));
+            }
             let fixed = Fixed::of(&repaired.before, &repaired.after, flags);
             (repaired.after, Some(fixed).filter(|f| f.leaks > 0 || f.corruptions > 0))
         }

@@ -8,7 +8,7 @@ use knib_qcow::{Control, Format, ImageMut, PlainPaths};
 use super::options::{Given, flag, value};
 use super::progress::Progress;
 use super::{Command, Done, check_cache, rate, say, threads};
-use crate::img::open::{Following, Mode, format, identity, open};
+use crate::img::open::{Following, Mode, format, open};
 use crate::img::{Failure, name};
 
 pub const COMMAND: Command = Command {
@@ -33,6 +33,8 @@ fn run(given: &Given) -> Done {
     let rate = rate(given)?;
     // Nobody else may have it open; the engine takes its own locks for the work.
     let opened = open(image, given.text("format")?, Mode::Write)?;
+    let progress = Progress::of(given, 1.0);
+    progress.begin();
     let path = opened.path.clone();
     if opened.header()?.is_none_or(|h| h.backing.is_none()) {
         return Err(Failure::new("Image does not have a backing file"));
@@ -43,7 +45,6 @@ fn run(given: &Given) -> Done {
     let chain = open(image, Some(Format::Qcow2.name()), Mode::Read)?.chain(&Following::new(false))?;
     let total = chain.size();
     drop(chain);
-    let progress = Progress::begin(given.has("progress") && !given.has("quiet"));
     let cancel = AtomicBool::new(false);
     let control = Control {
         threads: threads(None),
@@ -82,9 +83,7 @@ fn base(image: &Path, wanted: Option<&str>) -> Result<(PathBuf, Format), Failure
         })?;
         let below = name::file(name::combine(&at, &backing).as_ref())?;
         let format = format(&named)?;
-        let found =
-            wanted.is_none_or(|w| identity(Path::new(w)).is_some_and(|w| Some(w) == identity(&below)));
-        if found {
+        if wanted.is_none_or(|wanted| is_named(&at, &backing, wanted)) {
             return Ok((below, format));
         }
         if format == Format::Raw {
@@ -93,4 +92,14 @@ fn base(image: &Path, wanted: Option<&str>) -> Result<(PathBuf, Format), Failure
         at = below;
     }
     Err(missing(wanted.unwrap_or("its backing file")))
+}
+
+/// Whether `wanted` names the backing file that `image` names `backing`: as QEMU reads it, a path is relative to the
+/// image whose backing file it is, and any spelling of it will do; what has a protocol must be spelt alike.
+fn is_named(image: &Path, backing: &str, wanted: &str) -> bool {
+    if name::protocol(wanted).is_some() || name::protocol(backing).is_some() {
+        return wanted == backing;
+    }
+    let real = |named: &str| std::fs::canonicalize(name::combine(image, named)).ok();
+    real(wanted).is_some_and(|wanted| Some(wanted) == real(backing))
 }

@@ -41,6 +41,8 @@ fn run(given: &Given) -> Done {
     let [first, second] = given.words.as_slice() else {
         return Err(Failure::usage("Expecting two image file names"));
     };
+    // Its line ends without the full hundred, as the result stands before it.
+    let progress = Progress::of(given, 2.0);
     check_cache(given, "cache").map_err(|f| f.with_code(NOT_OPENED))?;
     let share = given.has("force-share");
     let opened = |name, of| -> Result<Opened, Failure> {
@@ -54,10 +56,9 @@ fn run(given: &Given) -> Done {
     // QEMU's sizes are whole sectors.
     let sizes = (left.size().next_multiple_of(SECTOR), right.size().next_multiple_of(SECTOR));
     let strict = given.has("strict");
-    let progress = Progress::begin(given.has("progress") && !given.has("quiet"));
+    progress.begin();
     if strict && sizes.0 != sizes.1 {
         tell("Strict mode: Image size mismatch!\n")?;
-        progress.end();
         return Ok(DIFFERENT);
     }
     let status = if strict { differing_status(&a, &b, &gate)? } else { None };
@@ -69,8 +70,15 @@ fn run(given: &Given) -> Done {
         cancel: &cancel,
         progress: &|done| progress.at(done, total),
     };
-    let found = knib_qcow::compare(&left, &right, false, &control)
-        .map_err(|e| Failure::from(e).with_code(NOT_READ))?;
+    let found = match knib_qcow::compare(&left, &right, false, &control) {
+        Ok(found) => found,
+        // What is known to differ is told, though the rest cannot be read.
+        Err(_) if status.is_some() => None,
+        Err(e) => {
+            let code = if has_status(&a, &gate) && has_status(&b, &gate) { NOT_READ } else { NO_STATUS };
+            return Err(Failure::from(e).with_code(code));
+        }
+    };
     let content = found.map(|d| d.offset() / SECTOR * SECTOR);
     let common = sizes.0.min(sizes.1);
     let result = match (status, content) {
@@ -87,7 +95,6 @@ fn run(given: &Given) -> Done {
         Ok(text) => tell(text)?,
         Err(text) => tell(text)?,
     }
-    progress.end();
     Ok(if result.is_ok() { 0 } else { DIFFERENT })
 }
 
@@ -107,4 +114,17 @@ fn differing_status(a: &Opened, b: &Opened, gate: &Following) -> Result<Option<u
         at += x.len.min(y.len).max(1);
     }
     Ok(None)
+}
+
+/// Whether all of an image's tables say what is allocated: if so, it is data that could not be read.
+fn has_status(image: &Opened, gate: &Following) -> bool {
+    let Ok(layers) = Layers::from_storage(image.storage.clone(), image.format, gate) else { return false };
+    let (mut at, end) = (0, layers.size());
+    while at < end {
+        match layers.status_at(at, end) {
+            Ok(status) => at += status.len.max(1),
+            Err(_) => return false,
+        }
+    }
+    true
 }

@@ -89,6 +89,11 @@ fn run(given: &Given) -> Done {
     if sources.is_empty() {
         return Err(Failure::new("Must specify image file name"));
     }
+    let progress = Progress::of(given, 1.0);
+    progress.begin();
+    check_cache(given, "target-cache")?;
+    check_cache(given, "source-cache")
+        .map_err(|f| Failure::new(f.text.replace("Invalid cache", "Invalid source cache")))?;
     if sources.len() > 1 && given.has("source-snapshot") {
         return Err(Failure::new("No support for concatenating multiple snapshot"));
     }
@@ -131,7 +136,6 @@ fn run(given: &Given) -> Done {
         Some(backing) => Some(layers_above(chains.first(), &path, backing, wanted.get("backing_fmt"))?),
         None => None,
     };
-    let progress = Progress::begin(given.has("progress") && !given.has("quiet"));
     let target = if given.has("no-create") {
         work.write_existing(layers, &progress)?
     } else {
@@ -200,9 +204,6 @@ impl Wishes {
                 return Err(Failure::new(why));
             }
         }
-        check_cache(given, "target-cache")?;
-        check_cache(given, "source-cache")
-            .map_err(|f| Failure::new(f.text.replace("Invalid cache", "Invalid source cache")))?;
         let unsynced = given.text("target-cache")? == Some("unsafe");
         Ok(Self { compress, sparse, threads: threads(asked), rate: rate(given)?, unsynced })
     }

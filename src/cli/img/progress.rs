@@ -4,23 +4,27 @@ use std::io::Write as _;
 
 use parking_lot::Mutex;
 
-/// Where the work is; prints only if asked to.
+use super::options::Given;
+
+/// Where the work is; prints only if asked to. However the command ends, the line does.
 #[derive(Debug)]
 pub struct Progress {
     shown: Option<Mutex<f64>>,
+    step: f64,
 }
 
-/// Per cent between two lines.
-const STEP: f64 = 1.0;
-
 impl Progress {
-    /// Begins at nothing done.
-    pub fn begin(wanted: bool) -> Self {
-        let progress = Self { shown: wanted.then(|| Mutex::new(0.0)) };
-        if wanted {
+    /// For a command that was given `-p` and not `-q`. `step` is the per cent between two lines.
+    pub fn of(given: &Given, step: f64) -> Self {
+        let wanted = given.has("progress") && !given.has("quiet");
+        Self { shown: wanted.then(|| Mutex::new(0.0)), step }
+    }
+
+    /// Nothing is done yet.
+    pub fn begin(&self) {
+        if self.shown.is_some() {
             print(0.0);
         }
-        progress
     }
 
     /// `done` of `total` bytes are done. From any thread.
@@ -29,7 +33,7 @@ impl Progress {
         let Some(shown) = &self.shown else { return };
         let percent = if total == 0 { 100.0 } else { (done as f64 * 100.0 / total as f64).min(100.0) };
         let mut shown = shown.lock();
-        if percent >= *shown + STEP || percent >= 100.0 && *shown < 100.0 {
+        if percent >= *shown + self.step || percent >= 100.0 && *shown < 100.0 {
             *shown = percent;
             print(percent);
         }
@@ -39,6 +43,13 @@ impl Progress {
     pub fn end(self) {
         if self.shown.is_some() {
             print(100.0);
+        }
+    }
+}
+
+impl Drop for Progress {
+    fn drop(&mut self) {
+        if self.shown.is_some() {
             say_raw("\n");
         }
     }

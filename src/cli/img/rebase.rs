@@ -39,6 +39,8 @@ fn run(given: &Given) -> Done {
     if backing.is_none() && !unsafely {
         return Err(Failure::usage("Must specify backing file (-b) or use unsafe mode (-u)"));
     }
+    let progress = Progress::of(given, 1.0);
+    progress.begin();
     check_cache(given, "cache")?;
     check_cache(given, "backing-cache")?;
     let backing = backing.filter(|b| !b.is_empty());
@@ -67,6 +69,7 @@ fn run(given: &Given) -> Done {
         let path = opened.path.clone();
         drop(opened);
         knib_qcow::set_backing(&path, new.map(|(file, _)| file), new.map(|(_, format)| format))?;
+        progress.end();
         return Ok(0);
     }
     if let Some((file, format)) = new {
@@ -78,7 +81,6 @@ fn run(given: &Given) -> Done {
     }
     let gate = Following::new(false);
     let total = opened.header()?.map_or(0, |h| h.size);
-    let progress = Progress::begin(given.has("progress") && !given.has("quiet"));
     let cancel = AtomicBool::new(false);
     let control = Control {
         threads: threads(None),
