@@ -260,8 +260,7 @@ fn what_an_image_stands_on_is_not_needed_for_its_bitmaps() {
 
 /// The bitmaps of an image that cannot be opened with what it stands on.
 fn bitmaps_alone(bench: &Bench) -> Vec<(String, bool, bool)> {
-    let storage =
-        knib_qcow::FileStorage::open(&bench.path("a.qcow2"), knib_qcow::Access::Read).unwrap();
+    let storage = knib_qcow::FileStorage::open(&bench.path("a.qcow2"), knib_qcow::Access::Read).unwrap();
     let all = knib_qcow::bitmap::list(&*storage).unwrap();
     all.into_iter().map(|b| (b.name, b.auto, b.in_use)).collect()
 }

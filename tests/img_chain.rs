@@ -53,7 +53,8 @@ fn the_base_of_a_commit_may_be_spelt_in_any_way() {
             words.iter().map(|word| word.replace("HERE/", &here)).collect()
         };
         let (left, right) = (line(&a), line(&b));
-        let (wanted, _) = img_support::theirs(&left.iter().map(String::as_str).collect::<Vec<_>>(), &a.path(folder));
+        let (wanted, _) =
+            img_support::theirs(&left.iter().map(String::as_str).collect::<Vec<_>>(), &a.path(folder));
         let (said, errors) =
             img_support::ours(&right.iter().map(String::as_str).collect::<Vec<_>>(), &b.path(folder));
         assert_eq!(said, wanted, "{words:?} in {folder:?}: {errors}");

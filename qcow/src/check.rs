@@ -444,7 +444,8 @@ impl<'a> Check<'a> {
             }
             at += (40 + field(36, 4) + field(12, 2) + field(14, 2)).next_multiple_of(8);
             if at - h.snapshots_offset > snapshot::TABLE_MAX {
-                self.report.corrupt(format!("the snapshot table is longer than 64 MiB from snapshot {number} on"));
+                self.report
+                    .corrupt(format!("the snapshot table is longer than 64 MiB from snapshot {number} on"));
                 break;
             }
         }

@@ -53,7 +53,17 @@ impl Generation {
         for offset in counted.blocks.into_iter().chain(counted.doubled).filter(|offset| *offset != 0) {
             counts.remove_bytes(offset, cluster, bits);
         }
-        Ok(Self { storage, header, counts, old: busy.clone(), busy, checked_len: len, len, hint: 1, move_from: u64::MAX })
+        Ok(Self {
+            storage,
+            header,
+            counts,
+            old: busy.clone(),
+            busy,
+            checked_len: len,
+            len,
+            hint: 1,
+            move_from: u64::MAX,
+        })
     }
 
     pub(crate) fn path(&self) -> &std::path::Path {

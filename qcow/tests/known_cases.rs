@@ -172,7 +172,9 @@ fn cve_2014_0222_and_0223_version_1_is_refused_whatever_its_fields_say() {
     let mut image = Maker::new();
     image.put32(4, 1);
     // There: size at 24, cluster_bits and l2_bits at 32 and 33.
-    for (size, bits) in [(20u64 << 10, [9u8, 6]), (20 << 10, [9, 0xfe]), (u64::MAX, [12, 9]), (1 << 63, [0, 0])] {
+    for (size, bits) in
+        [(20u64 << 10, [9u8, 6]), (20 << 10, [9, 0xfe]), (u64::MAX, [12, 9]), (1 << 63, [0, 0])]
+    {
         image.put64(24, size);
         image.bytes[32..34].copy_from_slice(&bits);
         let error = Header::parse(&*image.memory()).err().unwrap().to_string();

@@ -7,8 +7,8 @@ use common::exercise::{Memory, change, look};
 use common::maker::{CLUSTER, DATA, L2, Maker, read};
 use common::{checked, content, qemu_img, qemu_io, quiet, report_of, rw, s, temp, tool};
 use knib_qcow::{
-    Access, Amend, FileStorage, Format, Header, ImageMut, Layers, NoImplicit, Storage,
-    amend, bitmap, set_backing, snapshot,
+    Access, Amend, FileStorage, Format, Header, ImageMut, Layers, NoImplicit, Storage, amend, bitmap,
+    set_backing, snapshot,
 };
 
 const BITMAPS: u32 = 0x2385_2875;
@@ -410,7 +410,16 @@ fn the_sectors_of_a_compressed_cluster_may_reach_past_the_end_and_are_all_counte
 #[test]
 fn data_past_the_end_of_an_external_file_reads_as_zeros() {
     let (_dir, at) = temp();
-    qemu_img(&["create", "-q", "-f", "qcow2", "-o", &format!("data_file={}", s(&at("d"))), s(&at("a")), "1M"]);
+    qemu_img(&[
+        "create",
+        "-q",
+        "-f",
+        "qcow2",
+        "-o",
+        &format!("data_file={}", s(&at("d"))),
+        s(&at("a")),
+        "1M",
+    ]);
     qemu_io(&at("a"), &["write -P 5 0 1M"]);
     std::fs::File::options().write(true).open(at("d")).unwrap().set_len(1000).unwrap();
     let bytes = content(&at("a"), Format::Qcow2);

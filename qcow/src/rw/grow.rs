@@ -38,7 +38,11 @@ impl BitmapDirectory {
         let data = data.ok_or_else(|| damaged("the bitmaps extension is too short"))?;
         let word = |at: usize| data[at..at + 8].iter().fold(0u64, |n, b| n << 8 | u64::from(*b));
         let (count, size, offset) = ((word(0) >> 32) as u32, word(8), word(16));
-        if !(1..=65_535).contains(&count) || word(0) as u32 != 0 || size > 64 << 20 || !offset.is_multiple_of(header.cluster_size()) {
+        if !(1..=65_535).contains(&count)
+            || word(0) as u32 != 0
+            || size > 64 << 20
+            || !offset.is_multiple_of(header.cluster_size())
+        {
             return Err(damaged("the bitmap directory's fields are out of range"));
         }
         let len = storage.len().map_err(|e| Error::io(storage.path(), "asking for the length", e))?;

@@ -81,7 +81,6 @@ fn run(given: &Given) -> Done {
             }
             opened.storage.set_len(total)?;
             fill(&opened.storage, current.min(total), total.saturating_sub(current), reserve)?;
-            opened.storage.sync()?;
         }
         Format::Qcow2 => {
             if !total.is_multiple_of(512) {
