@@ -72,10 +72,7 @@ fn every_file_that_a_command_changed_is_synced_before_it_ends() {
         (&["convert", "-S", "0", "top.qcow2", "new"], &["new"]),
         (&["convert", "-O", "qcow2", "-o", "refcount_bits=8", "top.qcow2", "new"], &["new"]),
         (&["convert", "-n", "top.qcow2", "some.raw"], &["some.raw"]),
-        (
-            &["convert", "-n", "-O", "qcow2", "over.qcow2", "external.qcow2"],
-            &["external.data", "external.qcow2"],
-        ),
+        (&["convert", "-n", "-O", "qcow2", "plain.qcow2", "external.qcow2"], &["external.data"]),
         (&["convert", "--bitmaps", "-O", "qcow2", "states.qcow2", "new"], &["new"]),
         (&["commit", "-q", "top.qcow2"], &["over.qcow2", "top.qcow2"]),
         (&["commit", "-q", "over_raw.qcow2"], &["over_raw.qcow2", "some.raw"]),

@@ -7,11 +7,11 @@ use std::path::Path;
 use std::sync::{Arc, Mutex};
 
 use common::exercise::{Memory, change, look};
-use common::maker::{CLUSTER, DATA, L2, Maker, read};
+use common::maker::{CLUSTER, L2, Maker, read};
 use common::{content, quiet, report_of, s, temp};
 use knib_qcow::{
     Access, Chain, Error, FileStorage, Format, Gate, Header, ImageMut, Implicit, LockedPaths, NoImplicit,
-    PlainPaths, Storage, bitmap, snapshot,
+    PlainPaths, Storage, snapshot,
 };
 
 fn bytes_of(storage: &dyn Storage) -> Vec<u8> {
@@ -206,9 +206,7 @@ fn cve_2024_4467_a_data_files_name_is_never_options() {
     std::fs::write(&secret, vec![0x5e; 64 << 10]).unwrap();
     let json = format!("json:{{\"driver\":\"file\",\"filename\":\"{}\"}}", s(&secret));
     for name in [json.as_str(), "json:{\"file.filename\":\"secret\"}", "driver=raw,file.filename:secret"] {
-        let mut image = Maker::new().data_file(name);
-        image.put64(L2, 1 << 63);
-        image.save(&at("a"));
+        Maker::new().data_file(name).with(&[(L2, 1 << 63)]).save(&at("a"));
         for gate in [&PlainPaths as &dyn Gate, &LockedPaths] {
             let error = Chain::open(&at("a"), Format::Qcow2, gate).err().unwrap().to_string();
             assert!(error.contains("not a plain path"), "{error}");
@@ -216,12 +214,6 @@ fn cve_2024_4467_a_data_files_name_is_never_options() {
             let error = ImageMut::open(storage, gate).err().unwrap().to_string();
             assert!(error.contains("not a plain path"), "{error}");
         }
-        // What only the tables are needed for opens nothing.
-        let gate = Asked(Mutex::new(0));
-        report_of(image.memory()).unwrap_err();
-        bitmap::list(&*image.memory()).unwrap();
-        snapshot::list(&*image.memory()).unwrap();
-        assert_eq!(*gate.0.lock().unwrap(), 0);
     }
 }
 
@@ -324,6 +316,5 @@ fn the_ciphertext_of_an_encrypted_image_is_no_data() {
         let error = read(image.memory()).unwrap_err().to_string();
         assert!(error.contains("encrypted"), "{error}");
         assert!(ImageMut::open(image.memory(), &NoImplicit).is_err());
-        assert!(image.bytes[DATA] == 0x42);
     }
 }

@@ -247,6 +247,7 @@ fn fields_of_bitmaps_out_of_range_are_refused_and_found_by_a_check() {
     for (what, place, value) in [
         ("more than 65535 bitmaps", extension, &[0u8, 1, 0, 0][..]),
         ("no bitmaps", extension, &[0, 0, 0, 0]),
+        ("no bitmaps in a directory of nothing", extension, &[0; 16]),
         ("more bitmaps than the directory has", extension, &[0, 0, 0, 2]),
         ("reserved bits in the extension", extension + 4, &[0, 0, 0, 1]),
         ("a directory that lies askew", extension + 23, &[8]),
@@ -260,6 +261,7 @@ fn fields_of_bitmaps_out_of_range_are_refused_and_found_by_a_check() {
         ("granularity 2^8", directory + 17, &[8]),
         ("granularity 2^32", directory + 17, &[32]),
         ("no name", directory + 18, &[0, 0]),
+        ("extra data in the place of the name", directory + 15, &[6, 1, 9, 0, 0, 0, 0, 0, 8]),
         ("a name past the directory", directory + 18, &[0xff, 0xff]),
         ("bits that a place and a flag say", table + 6, &[6, 1]),
         ("a reserved bit beside the offset", table + 6, &[6, 0x10]),
