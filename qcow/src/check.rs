@@ -133,7 +133,10 @@ impl Display for Guest<'_> {
 struct Check<'a> {
     storage: &'a dyn Storage,
     header: &'a Header,
+    /// The file's length in bytes.
     len: u64,
+    /// The same, up to whole clusters.
+    end: u64,
     counts: Counts,
     /// The clusters of tables: references as an L2 table, and as a table that is alone.
     tables: HashMap<u64, (u32, u32)>,
@@ -153,10 +156,12 @@ impl<'a> Check<'a> {
     fn new(image: &'a Image, control: &'a Control<'a>) -> Result<Self> {
         let storage = &**image.storage();
         let len = storage.len().map_err(|e| Error::io(storage.path(), "asking for the length", e))?;
+        let header = image.header();
         Ok(Check {
             storage,
-            header: image.header(),
+            header,
             len,
+            end: len.next_multiple_of(header.cluster_size()),
             counts: Counts::default(),
             tables: HashMap::new(),
             flags: 0,
@@ -189,7 +194,7 @@ impl<'a> Check<'a> {
     fn count(&mut self, offset: u64, len: u64, what: impl Display, used: Use) -> bool {
         let bits = self.header.cluster_bits;
         let end = offset.checked_add(len);
-        if end.is_none_or(|e| e > self.len.next_multiple_of(1 << bits)) {
+        if end.is_none_or(|e| e > self.end) {
             self.report.corrupt(format!("{what} at {offset:#x} ({len} bytes) lies outside the file"));
             return false;
         }
@@ -388,8 +393,10 @@ impl<'a> Check<'a> {
 
     fn stored_count(&mut self, cluster: u64) -> Result<u64> {
         let h = self.header;
-        let per_block = (h.cluster_size() * 8) >> h.refcount_order;
-        let (number, at) = ((cluster / per_block) as usize, (cluster % per_block) as usize);
+        // Asked for every cluster: no divisions.
+        let per_block_bits = h.cluster_bits + 3 - h.refcount_order;
+        let (number, at) =
+            ((cluster >> per_block_bits) as usize, (cluster & ((1 << per_block_bits) - 1)) as usize);
         if self.stored.as_ref().is_none_or(|(n, _)| *n != number) {
             let entries = (u64::from(h.refcount_table_clusters) << h.cluster_bits) / 8;
             if number as u64 >= entries {
@@ -510,13 +517,16 @@ impl<'a> Check<'a> {
     fn compare(&mut self, table: &[u64]) -> Result<()> {
         let h = self.header;
         let per_block = (h.cluster_size() * 8) >> h.refcount_order;
-        let end = self.len.div_ceil(h.cluster_size());
+        let mut doubled = HashMap::new();
+        for offset in &self.doubled {
+            *doubled.entry(offset >> h.cluster_bits).or_insert(0u32) += 1;
+        }
         // Blocks that share their cluster: this is told by itself, whatever its refcount says.
-        let mut told: HashSet<u64> = self.doubled.iter().map(|offset| offset >> h.cluster_bits).collect();
+        let mut told: HashSet<u64> = doubled.keys().copied().collect();
         for (number, offset) in table.iter().enumerate().filter(|(_, offset)| **offset != 0) {
             let cluster = offset >> h.cluster_bits;
-            let doubled = self.doubled.iter().filter(|at| *at == offset).count() as u64;
-            let others = u64::from(self.counts.get(cluster)).saturating_sub(1 + doubled);
+            let own = doubled.get(&cluster).copied().unwrap_or(0).saturating_add(1);
+            let others = self.counts.get(cluster).saturating_sub(own);
             if others > 0 {
                 self.report.blocks += 1;
                 self.report.corrupt(format!(
@@ -525,31 +535,36 @@ impl<'a> Check<'a> {
                 told.insert(cluster);
             }
         }
+        let shared =
+            self.tables.keys().copied().filter(|cluster| !told.contains(cluster) && self.overlap(*cluster));
+        let overlaps: HashSet<u64> = shared.collect();
+        let mut block = vec![0u8; h.cluster_size() as usize];
+        let mut stored = Vec::new();
         for (number, offset) in table.iter().enumerate().filter(|(_, offset)| **offset != 0) {
             if self.control.cancel.load(Ordering::Relaxed) {
                 return Err(Error::Cancelled);
             }
-            let mut block = vec![0u8; h.cluster_size() as usize];
             read_exact(self.storage, &mut block, *offset, "a refcount block")?;
-            for at in 0..per_block {
-                let stored = refcount::get(&block, h.refcount_order, at as usize);
-                let cluster = number as u64 * per_block + at;
-                let counted = self.counts.get(cluster);
-                // A count past the end of the file takes no space: QEMU does not look at it either.
-                if cluster >= end && counted == 0 {
-                    continue;
+            let mut first = number as u64 * per_block;
+            let end = first + per_block;
+            while first < end {
+                let counted = self.counts.rest_of_part(first);
+                let n = (counted.len() as u64).min(end - first);
+                let at = first - number as u64 * per_block;
+                stored.clear();
+                stored.extend((at..at + n).map(|i| refcount::get(&block, h.refcount_order, i as usize)));
+                // Nearly always.
+                let same = stored.iter().zip(counted).all(|(s, c)| *s == u64::from(*c));
+                if same && overlaps.is_empty() {
+                    if let Some(last) = stored.iter().rposition(|s| *s != 0) {
+                        self.used(first + last as u64);
+                    }
+                } else {
+                    for (cluster, stored) in (first..).zip(&stored) {
+                        self.compare_one(cluster, *stored, overlaps.contains(&cluster));
+                    }
                 }
-                let overlap = !told.contains(&cluster) && self.overlap(cluster);
-                if stored > 0 || counted > 0 {
-                    self.used(cluster);
-                }
-                if stored != u64::from(counted) {
-                    self.differ(cluster, stored, u64::from(counted));
-                } else if overlap {
-                    self.report.corrupt(format!(
-                        "cluster {cluster}: a table, and something else too ({counted} references)"
-                    ));
-                }
+                first += n;
             }
         }
         // What is left is used, and no block counts it.
@@ -560,6 +575,24 @@ impl<'a> Check<'a> {
             self.differ(cluster, 0, u64::from(counted));
         }
         Ok(())
+    }
+
+    fn compare_one(&mut self, cluster: u64, stored: u64, overlap: bool) {
+        let counted = self.counts.get(cluster);
+        // A count past the end of the file takes no space: QEMU does not look at it either.
+        if cluster >= self.end >> self.header.cluster_bits && counted == 0 {
+            return;
+        }
+        if stored > 0 || counted > 0 {
+            self.used(cluster);
+        }
+        if stored != u64::from(counted) {
+            self.differ(cluster, stored, u64::from(counted));
+        } else if overlap {
+            self.report.corrupt(format!(
+                "cluster {cluster}: a table, and something else too ({counted} references)"
+            ));
+        }
     }
 
     fn used(&mut self, cluster: u64) {

@@ -8,6 +8,9 @@ const PART: u64 = 4096;
 /// The counts of one part.
 type Part = Box<[u32; PART as usize]>;
 
+/// A part that nothing refers to.
+static NOTHING: [u32; PART as usize] = [0; PART as usize];
+
 /// References counted by cluster.
 #[derive(Clone, Default)]
 pub(crate) struct Counts {
@@ -18,16 +21,22 @@ pub(crate) struct Counts {
 }
 
 impl Counts {
-    fn part(&self, number: u64) -> Option<&Part> {
+    fn part(&self, number: u64) -> Option<&[u32; PART as usize]> {
         match &self.current {
             Some((at, part)) if *at == number => Some(part),
-            _ => self.parts.get(&number),
+            _ => self.parts.get(&number).map(|part| &**part),
         }
     }
 
     pub(crate) fn get(&self, cluster: u64) -> u32 {
         let part = self.part(cluster / PART);
         part.and_then(|p| p.get((cluster % PART) as usize)).copied().unwrap_or(0)
+    }
+
+    /// The counts of `cluster` and of those after it, as far as they lie together: at least one.
+    pub(crate) fn rest_of_part(&self, cluster: u64) -> &[u32] {
+        let part = self.part(cluster / PART).unwrap_or(&NOTHING);
+        part.get((cluster % PART) as usize..).unwrap_or(&[])
     }
 
     fn slot(&mut self, cluster: u64) -> &mut u32 {
