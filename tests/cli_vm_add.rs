@@ -137,3 +137,45 @@ fn an_excluded_disk_is_not_looked_at() {
     ]);
     assert_eq!(code, 0, "{said}");
 }
+
+/// What the loader maps before the program begins.
+fn libraries_of(program: &str) -> String {
+    let output = Command::new(program).env("LD_TRACE_LOADED_OBJECTS", "1").output().unwrap();
+    String::from_utf8(output.stdout).unwrap()
+}
+
+#[test]
+fn the_program_starts_without_libvirt_s_library() {
+    assert!(libraries_of("virsh").contains("libvirt.so"), "this does not show libraries");
+    let libraries = libraries_of(env!("CARGO_BIN_EXE_knibfs"));
+    assert!(libraries.contains("libc.so") && !libraries.contains("libvirt"), "{libraries}");
+}
+
+#[test]
+fn disk_files_need_no_libvirt_and_a_domain_is_refused_with_the_way_out() {
+    let program = Program::new();
+    // The loader looks here first, and goes on nowhere else when it finds one that is none.
+    fs::write(program.path("libvirt.so.0"), "").unwrap();
+    let run = |arguments: &[&str]| {
+        let output = Command::new(env!("CARGO_BIN_EXE_knibfs"))
+            .args(arguments)
+            .current_dir(program.dir.path())
+            .env("KNIBFS_STORE", program.path("store"))
+            .env("KNIBFS_STATE_DIR", program.path("state"))
+            .env("LD_LIBRARY_PATH", program.dir.path())
+            .output()
+            .unwrap();
+        (output.status.code().unwrap(), String::from_utf8(output.stderr).unwrap())
+    };
+    let (code, said) = run(&["vm", "add", "db1", "--domain", "db1", "--uri", "qemu:///system"]);
+    assert_eq!(code, 1, "{said}");
+    assert!(
+        said.contains("qemu:///system: its library cannot be loaded") && said.contains("libvirt0"),
+        "{said}"
+    );
+    assert_eq!(program.run(&["vm", "list"]).1, "");
+    let root = format!("root={}", program.path("root.raw").display());
+    for arguments in [&["vm", "add", "web1", "--disk", &root][..], &["backup", "web1"]] {
+        assert_eq!(run(arguments).0, 0, "{arguments:?}");
+    }
+}

@@ -12,7 +12,7 @@ use rustix::mount::MountFlags;
 
 use crate::link::Link;
 use crate::mount::Stopper;
-use crate::{raw, unmount};
+use crate::unmount;
 
 /// How a tree is mounted.
 #[derive(Debug, Clone)]
@@ -119,7 +119,7 @@ impl Device {
     /// A queue for a server to read requests from.
     pub fn queue(&self) -> io::Result<OwnedFd> {
         let fresh = OwnedFd::from(OpenOptions::new().read(true).write(true).open("/dev/fuse")?);
-        raw::join_connection(&fresh, self.device.as_fd())?;
+        knib_raw::device::join_connection(&fresh, self.device.as_fd())?;
         Ok(fresh)
     }
 

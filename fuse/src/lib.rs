@@ -9,7 +9,7 @@
 //!                                      └ BlockCache → BlockSource::read_block (decoded blocks, one decoding at a time)
 //! ```
 
-#![deny(unsafe_code)]
+#![forbid(unsafe_code)]
 
 mod adapter;
 mod ahead;
@@ -26,7 +26,6 @@ mod mount;
 mod mountinfo;
 mod plan;
 mod pool;
-mod raw;
 mod source;
 mod touched;
 mod tree;

@@ -11,9 +11,7 @@ use rustix::mount::UnmountFlags;
 
 use crate::adapter::Adapter;
 use crate::link::Link;
-use crate::{
-    Device, Holder, Ino, MountConfig, MountError, OpenFiles, ToKeeper, ToServer, Tree, mount_at, raw,
-};
+use crate::{Device, Holder, Ino, MountConfig, MountError, OpenFiles, ToKeeper, ToServer, Tree, mount_at};
 
 /// A mounted tree, ready to be served.
 pub struct Server {
@@ -129,7 +127,7 @@ fn shake_hands(
     config.n_threads = Some(adapter.takers());
     let session = Session::from_fd(adapter, theirs.into_fd(), acl, config)?;
     let (answer, _) = ours.receive_bytes()?;
-    raw::replace(session.as_fd(), queue)?;
+    knib_raw::device::replace(session.as_fd(), queue)?;
     Ok((session, answer))
 }
 

@@ -27,6 +27,16 @@ pub enum HypervisorError {
         /// The connection was lost in the middle of a change.
         changing: bool,
     },
+    /// libvirt's library cannot be loaded: it is not installed, or too old.
+    #[error(
+        "cannot reach libvirt at {uri}: its library cannot be loaded: {why}; install it (`apt install libvirt0`, `dnf install libvirt-libs`)"
+    )]
+    NoLibrary {
+        /// The host.
+        uri: String,
+        /// What the loader says.
+        why: String,
+    },
     /// libvirt takes calls and does not answer them.
     #[error(
         "cannot {doing}: the libvirt at {uri} hangs ({why}); see whether `virsh -c {uri} list` answers, restart it (`systemctl restart libvirtd` or virtqemud) if not, and run `knibfs recover` then; the setting knib.timeout says how long it may take"

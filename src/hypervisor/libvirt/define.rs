@@ -183,12 +183,8 @@ fn on_host<T: Send + 'static>(
     bound: Duration,
     call: impl FnOnce(&Connect) -> std::result::Result<T, Error> + Send + 'static,
 ) -> Result<std::result::Result<T, Error>> {
-    virt::error::clear_error_callback();
     let at = uri.to_owned();
-    limit::within(bound, uri, doing, move || {
-        let connect = Connect::open(Some(&at)).map_err(|e| unreachable(&at, &e))?;
-        Ok(call(&connect))
-    })?
+    limit::within(bound, uri, doing, move || Ok(call(&super::open(&at)?)))?
 }
 
 pub(super) fn unreachable(uri: &str, why: &Error) -> HypervisorError {

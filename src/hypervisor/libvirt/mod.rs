@@ -181,6 +181,15 @@ impl Drop for Closing {
     }
 }
 
+/// A connection. All are made here, for libvirt's library is loaded first.
+fn open(uri: &str) -> Result<Connect> {
+    knib_raw::libvirt::load()
+        .map_err(|why| HypervisorError::NoLibrary { uri: uri.to_owned(), why: why.to_owned() })?;
+    // The library prints every error; here they are returned.
+    virt::error::clear_error_callback();
+    Connect::open(Some(uri)).map_err(|e| define::unreachable(uri, &e))
+}
+
 struct Link {
     connect: Connect,
     domain: Domain,
@@ -194,10 +203,8 @@ impl Session {
     }
 
     fn connect(uri: String, key: &str) -> Result<Self> {
-        // libvirt's library prints every error; here they are returned.
-        virt::error::clear_error_callback();
         let unreachable = |e: Error| define::unreachable(&uri, &e);
-        let connect = Connect::open(Some(&uri)).map_err(unreachable)?;
+        let connect = open(&uri)?;
         let by_uuid = Uuid::parse_str(key).ok().map(|uuid| connect.lookup_domain_by_uuid(uuid));
         let found = match by_uuid {
             Some(Ok(domain)) => Ok(domain),

@@ -1,4 +1,4 @@
-//! The only unsafe code: two calls that no library offers in a safe form.
+//! Two calls about descriptors of /dev/fuse that no library offers in a safe form.
 #![allow(unsafe_code)]
 
 use std::io;
