@@ -6,7 +6,7 @@ use std::fmt::{self, Display};
 use std::sync::atomic::Ordering;
 
 use crate::counts::{Counts, clusters};
-use crate::entry::{COMPRESSED, COPIED, L2, OFFSET_MASK};
+use crate::entry::{COMPRESSED, COPIED, L1_MAX, L2, OFFSET_MASK};
 use crate::refcount::{self, BLOCK_MASK};
 use crate::rw::BitmapDirectory;
 use crate::storage::read_exact;
@@ -435,7 +435,7 @@ impl<'a> Check<'a> {
                 fixed[from..from + len].iter().fold(0u64, |n, b| n << 8 | u64::from(*b))
             };
             let (l1, size) = (field(0, 8), field(8, 4) as u32);
-            if u64::from(size) * 8 > 32 << 20 {
+            if u64::from(size) * 8 > L1_MAX {
                 self.report.corrupt(format!("snapshot {number} has an L1 table of {size} entries"));
             } else {
                 self.l1(l1, size, false, &format!("snapshot {number}"))?;

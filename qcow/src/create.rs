@@ -5,6 +5,7 @@ use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
 
+use crate::entry::L1_MAX;
 use crate::header::{self, EXT_BACKING_FORMAT, EXT_BITMAPS, EXT_DATA_FILE, incompatible};
 use crate::refcount;
 use crate::repair::refuse_corrupt;
@@ -158,7 +159,7 @@ impl Layout {
         let cluster = 1u64 << new.cluster_bits;
         let l2_entries = cluster / if new.extended_l2 { 16 } else { 8 };
         let l1_entries = new.size.div_ceil(cluster).div_ceil(l2_entries).max(1);
-        if l1_entries * 8 > 32 << 20 {
+        if l1_entries * 8 > L1_MAX {
             return Err(Error::unsupported(
                 path,
                 format!(

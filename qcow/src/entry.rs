@@ -2,6 +2,8 @@
 
 use crate::Header;
 
+/// The longest L1 table, in bytes: QEMU opens no image with a longer one.
+pub const L1_MAX: u64 = 32 << 20;
 /// Bits 9–55 hold an offset.
 pub const OFFSET_MASK: u64 = 0x00ff_ffff_ffff_fe00;
 /// Bit 63: refcount is exactly one.

@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use crate::check::Counted;
 use crate::counts::Counts;
-use crate::entry::{COPIED, L2, OFFSET_MASK};
+use crate::entry::{COPIED, L1_MAX, L2, OFFSET_MASK};
 use crate::header::incompatible;
 use crate::refcount;
 use crate::storage::read_exact;
@@ -231,7 +231,7 @@ impl Generation {
 
     fn put_l1(&mut self, l1: &[u64], replaces: bool) -> Result<()> {
         let len = l1.len() as u64 * 8;
-        if len > 32 << 20 {
+        if len > L1_MAX {
             return Err(Error::unsupported(self.storage.path(), "the L1 table would be longer than 32 MiB"));
         }
         if replaces {

@@ -2,6 +2,7 @@
 
 use std::collections::HashSet;
 
+use crate::entry::L1_MAX;
 use crate::storage::{Storage, read_exact};
 use crate::{Error, Result};
 
@@ -248,7 +249,7 @@ impl Header {
     fn check_tables(&self, path: &std::path::Path, file_len: u64) -> Result<()> {
         let damaged = |what: String| Err(Error::damaged(path, what));
         let cluster = self.cluster_size();
-        if u64::from(self.l1_size) * 8 > 32 << 20 {
+        if u64::from(self.l1_size) * 8 > L1_MAX {
             return damaged(format!("the L1 table has {} entries, above 32 MiB", self.l1_size));
         }
         if u64::from(self.l1_size) < self.l1_needed() {

@@ -1,6 +1,7 @@
 //! How large an image will be. Source: the qcow2 specification; the sums agree with `qemu-img measure`.
 
 use crate::chain::ExtentKind;
+use crate::entry::L1_MAX;
 use crate::{Chain, Result};
 
 /// What decides the size of an image's tables.
@@ -32,7 +33,7 @@ impl Shape {
 
     /// Whether its L1 table has no more than the 32 MiB that QEMU opens.
     pub fn is_possible(&self) -> bool {
-        self.l2_tables() * 8 <= 32 << 20
+        self.l2_tables() * 8 <= L1_MAX
     }
 
     fn l2_tables(&self) -> u64 {

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
+use crate::entry::L1_MAX;
 use crate::generation::Generation;
 use crate::repair::sound;
 use crate::rw::mark_bitmaps;
@@ -15,8 +16,6 @@ pub(crate) const EXTRA_MAX: usize = 1024;
 pub(crate) const EXTRA_MIN: usize = 16;
 /// Length of the part of an entry that is always there, in bytes.
 const FIXED: u64 = 40;
-/// Longest L1 table in bytes.
-const L1_MAX: u64 = 32 << 20;
 /// Longest table of snapshots in bytes.
 pub(crate) const TABLE_MAX: u64 = 64 << 20;
 

@@ -1,7 +1,7 @@
 //! A larger disk, and what must be said in the header before the first change.
 
 use crate::create::{extensions, read_cluster_zero};
-use crate::entry::OFFSET_MASK;
+use crate::entry::{L1_MAX, OFFSET_MASK};
 use crate::header::{AUTOCLEAR_BITMAPS, AUTOCLEAR_KNOWN, EXT_BITMAPS, incompatible};
 use crate::rw::ImageMut;
 use crate::rw::tables::Entry;
@@ -128,7 +128,7 @@ impl ImageMut {
         let mut grown = self.header.clone();
         grown.size = new_size;
         let needed = grown.l1_needed();
-        if needed * 8 > 32 << 20 {
+        if needed * 8 > L1_MAX {
             return Err(Error::unsupported(
                 self.storage.path(),
                 format!(

@@ -13,7 +13,7 @@ use std::sync::Arc;
 
 use parking_lot::Mutex;
 
-use crate::entry::{COPIED, L2};
+use crate::entry::{COPIED, L1_MAX, L2};
 use crate::writer::clusters::{Kind, Made, Maker};
 use crate::writer::head::header;
 use crate::writer::write_behind::WriteBehind;
@@ -92,7 +92,7 @@ impl<'a, D> Layout<'a, D> {
         }
         let cluster = 1u64 << new.cluster_bits;
         let l1 = new.size.div_ceil(cluster).div_ceil(cluster / 8);
-        if l1 * 8 > 32 << 20 {
+        if l1 * 8 > L1_MAX {
             return Err(Error::unsupported(
                 dest.path(),
                 "the disk is too large for clusters of this size: take larger ones",
