@@ -7,7 +7,7 @@ mod server;
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
-use std::os::unix::fs::{FileExt as _, MetadataExt as _, PermissionsExt as _};
+use std::os::unix::fs::{FileExt as _, MetadataExt as _, OpenOptionsExt as _, PermissionsExt as _};
 use std::path::Path;
 use std::process::Command;
 
@@ -302,6 +302,25 @@ fn the_status_tells_what_was_read_and_what_is_damaged() {
     assert!(value("knibfs_mount_read_errors_total") > 0);
     let named = format!("knibfs_mount_damage_total{{file=\"{}\"}}", f.stored(0).display());
     assert!(status().contains(&named), "{}", status());
+    // By the name that readers know it by, and no other is named.
+    let text = status();
+    let value_in = |start: &str| text.lines().find_map(|l| l.strip_prefix(start)?.parse::<u64>().ok());
+    let of_file =
+        format!("knibfs_mount_file_read_errors_total{{file=\"vms/web1/{}/root.raw\"}} ", f.backups[0].name);
+    assert_eq!(value_in(&of_file), value_in("knibfs_mount_read_errors_total "), "{text}");
+    assert_eq!(text.matches("knibfs_mount_file_read_errors_total{").count(), 1, "{text}");
+    // Asked for once and again it is decoded; then it is found.
+    let ratio = || -> f64 {
+        let text = status();
+        text.lines().find_map(|l| l.strip_prefix("knibfs_mount_cache_hit_ratio ")).unwrap().parse().unwrap()
+    };
+    let direct = rustix::fs::OFlags::DIRECT.bits() as i32;
+    let past = File::options().read(true).custom_flags(direct).open(f.in_mount(0, "root.raw")).unwrap();
+    let mut space = vec![0u8; 2 * 4096];
+    let from = space.as_ptr().align_offset(4096);
+    (0..500).for_each(|_| past.read_exact_at(&mut space[from..from + 4096], CLUSTER).unwrap());
+    assert!(ratio() > 0.5, "{}", status());
+    drop(past);
     drop(raw);
     while value("knibfs_mount_open_files") > 0 {
         std::thread::yield_now();
@@ -477,7 +496,7 @@ fn the_systemd_unit_is_sound() {
     let dir = tempfile::tempdir().unwrap();
     let unit =
         fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/scripts/knibfs-mount.service")).unwrap();
-    assert!(unit.contains("/usr/bin/knibfs mount --foreground"));
+    assert!(unit.contains("/usr/bin/knibfs mount --foreground") && unit.contains("Type=notify"));
     let path = dir.path().join("knibfs-mount.service");
     // The program must be there; all else is checked as it is.
     fs::write(&path, unit.replace("/usr/bin/knibfs", env!("CARGO_BIN_EXE_knibfs"))).unwrap();
@@ -545,7 +564,7 @@ fn memory_stays_under_the_cache_and_64_mib_with_32_readers() {
     let cache: u64 = 64 << 20;
     let (mut child, _) = {
         let child = command(f.store.root(), f.dir.path())
-            .args(["mount", "-f", "--cache-size", "64M", "--threads", "16"])
+            .args(["mount", "-f", "--cache-size", "64M", "--threads", "32"])
             .arg(f.mnt())
             .spawn()
             .unwrap();
@@ -560,7 +579,6 @@ fn memory_stays_under_the_cache_and_64_mib_with_32_readers() {
         for reader in 0..32u64 {
             let raw = &raw;
             scope.spawn(move || {
-                use std::os::unix::fs::OpenOptionsExt as _;
                 let file = File::options().read(true).custom_flags(direct).open(raw).unwrap();
                 let mut space = vec![0u8; (1 << 20) + 4096];
                 let from = space.as_ptr().align_offset(4096);
@@ -576,6 +594,17 @@ fn memory_stays_under_the_cache_and_64_mib_with_32_readers() {
     signal(&child);
     child.wait().unwrap();
     assert!(peak < cache + (64 << 20), "{} MiB", peak >> 20);
+}
+
+#[test]
+fn more_threads_than_the_memory_is_promised_for_are_refused() {
+    let f = Fixture::chain(SIZE, true, &layers()[..1]);
+    for wrong in ["0", "33", "256", "99999", "many"] {
+        let output = f.knibfs(&["mount", "--threads", wrong, f.mnt().to_str().unwrap()]);
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(output.status.code() == Some(2) && said.contains("give 1 to 32"), "{wrong}: {said}");
+    }
+    let _mount = f.mount(&["--threads", "32"]);
 }
 
 #[test]

@@ -12,7 +12,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::thread::JoinHandle;
 
-use common::{Bytes, Kind, MemorySource, MemoryTree, Node, Panics, time};
+use common::{Bytes, Kind, MemorySource, MemoryTree, Node, Panics, Together, time};
 use knib_fuse::*;
 use rustix::fs::SeekFrom as RawSeek;
 
@@ -27,6 +27,7 @@ struct Mounted {
 }
 
 const CLUSTER: u64 = 65536;
+const THREADS: usize = 4;
 
 impl Mounted {
     fn new() -> Self {
@@ -47,7 +48,9 @@ impl Mounted {
             tree.add(many, format!("name-{n}"), Node::File(Arc::new(Bytes(vec![n as u8; n])), n as u64));
         }
         let config = MountConfig { allow_other: false, name: "knib-test".into() };
-        let server = Server::mount(tree.clone(), dir.path(), &config, 4)
+        let together = Together { wanted: THREADS, reading: Default::default(), bell: Default::default() };
+        tree.add(Ino::ROOT, "together", Node::File(Arc::new(together), 0));
+        let server = Server::mount(tree.clone(), dir.path(), &config, THREADS)
             .expect("this test mounts: run it as root where /dev/fuse is");
         let (files, stopper) = (server.open_files(), server.stopper().unwrap());
         let thread = Some(std::thread::spawn(move || server.run()));
@@ -99,6 +102,23 @@ fn files_read_as_they_are_whole_in_parts_and_past_the_cache() {
 
 fn libc_o_direct() -> i32 {
     rustix::fs::OFlags::DIRECT.bits() as i32
+}
+
+/// Each read waits for all the others: with one thread fewer none would be answered.
+#[test]
+fn as_many_reads_are_answered_at_once_as_there_are_threads() {
+    let m = Mounted::new();
+    let path = m.path("together");
+    std::thread::scope(|scope| {
+        for reader in 0..THREADS as u64 {
+            let path = &path;
+            scope.spawn(move || {
+                let file = OpenOptions::new().read(true).custom_flags(libc_o_direct()).open(path).unwrap();
+                let mut space = [0; 2 * 4096];
+                file.read_exact_at(aligned(&mut space, 4096), reader * 4096).unwrap();
+            });
+        }
+    });
 }
 
 #[test]

@@ -22,6 +22,7 @@ mod setting;
 mod show;
 mod signals;
 mod snapshot;
+mod systemd;
 #[cfg(feature = "libvirt")]
 mod thaw_guard;
 mod vm;

@@ -44,12 +44,12 @@ pub struct Args {
     mode: Option<u16>,
 
     /// Decoded clusters that are kept in memory, shared by all readers, in bytes or with K, M or G (powers of 1024).
-    /// The program takes up to 64 MiB more, with up to 32 threads.
+    /// The program takes up to 64 MiB more.
     #[arg(long, value_name = "BYTES", default_value = "256M", value_parser = bytes)]
     cache_size: u64,
 
-    /// Threads that answer requests; most of them wait for disks [default: one a core, at least 16, at most 32].
-    #[arg(long, value_parser = clap::value_parser!(u16).range(1..=256))]
+    /// Threads that answer requests, 1 to 32; most of them wait for disks [default: one a core, at least 16, at most 32].
+    #[arg(long, value_parser = thread_count)]
     threads: Option<u16>,
 
     /// Folder of the log when not in the foreground [default: /var/log/knibfs, or .local/state/knibfs at home].
@@ -80,6 +80,9 @@ pub struct UmountArgs {
 /// is used again and not freed.
 const ALLOCATOR: [(&str, &str); 2] = [("MALLOC_ARENA_MAX", "2"), ("MALLOC_MMAP_THRESHOLD_", "131072")];
 
+/// Each thread has a buffer of up to a megabyte and a decoder: what the mount takes beside its cache is promised for so many.
+const MOST_THREADS: u16 = 32;
+
 /// What the child says when the mount can be used.
 const READY: &str = "ready";
 
@@ -101,7 +104,14 @@ pub fn run(context: &Context, args: &Args) -> Outcome {
         return keep_for_parent(&store, &place, args);
     }
     if args.foreground {
-        keep_mount(&store, &place, args, || Ok(()))?;
+        let ready = || {
+            // The mount is as good without it; who waits for it must know why in vain.
+            super::systemd::ready().or_else(|error| {
+                tracing::warn!("cannot tell systemd (NOTIFY_SOCKET) that the mount is ready: {error}");
+                Ok(())
+            })
+        };
+        keep_mount(&store, &place, args, ready)?;
         return Ok(());
     }
     start_in_background(&store, &place, args)?;
@@ -169,7 +179,7 @@ fn mount_command(program: &Path, store: &Store, place: &MountPoint, args: &Args)
 fn threads(args: &Args) -> usize {
     let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
     // More than cores: most wait for the disk, and a disk is as fast as it is asked for much at once.
-    args.threads.map_or(cores.clamp(16, 32), usize::from)
+    args.threads.map_or(cores.clamp(16, usize::from(MOST_THREADS)), usize::from)
 }
 
 fn access(args: &Args) -> Access {
@@ -249,6 +259,15 @@ fn open_log(dir: Option<&Path>, store: &Store) -> anyhow::Result<(File, PathBuf)
             format!("cannot write the log {}: name another folder with --log-dir", path.display())
         })?;
     Ok((file, path))
+}
+
+fn thread_count(text: &str) -> Result<u16, String> {
+    let wrong = || {
+        format!(
+            "give 1 to {MOST_THREADS}: more would take more memory than the mount promises to keep to, beside --cache-size"
+        )
+    };
+    text.parse().ok().filter(|n| (1..=MOST_THREADS).contains(n)).ok_or_else(wrong)
 }
 
 fn octal(text: &str) -> Result<u16, String> {

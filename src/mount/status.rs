@@ -1,5 +1,6 @@
 //! `MNT/.knibfs/status`: what the mount has done so far, for a person and for a scraper (Prometheus' text format).
 
+use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
@@ -7,6 +8,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use knib_fuse::{CacheStats, File, FsResult, Problem};
+use parking_lot::Mutex;
 
 /// What is counted while the mount is served.
 #[derive(Debug, Default)]
@@ -15,18 +17,38 @@ pub struct Counters {
     reads: AtomicU64,
     bytes: AtomicU64,
     errors: AtomicU64,
+    /// Of these, those of each file, by its path in the mount.
+    errors_by_file: Mutex<BTreeMap<String, u64>>,
+}
+
+/// Files whose errors are counted one by one: a store that is away for a moment must not fill the memory with their names.
+const MOST_FILES: usize = 4096;
+
+impl Counters {
+    fn failed(&self, file: &str) {
+        self.errors.fetch_add(1, Ordering::Relaxed);
+        let mut files = self.errors_by_file.lock();
+        if let Some(count) = files.get_mut(file) {
+            *count += 1;
+        } else if files.len() < MOST_FILES {
+            files.insert(file.into(), 1);
+        }
+    }
 }
 
 /// A file whose reads are counted.
 pub struct Counted<F> {
     file: F,
+    /// Its path in the mount.
+    name: String,
     counters: Arc<Counters>,
 }
 
 impl<F: File> Counted<F> {
-    pub fn new(file: F, counters: &Arc<Counters>) -> Self {
+    /// `name` is its path in the mount.
+    pub fn new(file: F, name: String, counters: &Arc<Counters>) -> Self {
         counters.open.fetch_add(1, Ordering::Relaxed);
-        Self { file, counters: counters.clone() }
+        Self { file, name, counters: counters.clone() }
     }
 }
 
@@ -49,7 +71,7 @@ impl<F: File> File for Counted<F> {
                 self.counters.bytes.fetch_add(buf.len() as u64, Ordering::Relaxed);
             }
             Err(error) if matches!(error.problem(), Problem::Damage | Problem::Bug) => {
-                self.counters.errors.fetch_add(1, Ordering::Relaxed);
+                self.counters.failed(&self.name);
             }
             Err(_) => {}
         }
@@ -92,16 +114,16 @@ pub fn text(counters: &Counters, cache: CacheStats, server: &ServerInfo, damage:
     let count = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
     let started = server.started.duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs());
     let mut out = String::new();
-    let mut line = |name: &str, kind: &str, help: &str, values: &[(String, u64)]| {
+    let mut line = |name: &str, kind: &str, help: &str, values: &[(String, String)]| {
         // Writing to a string does not fail.
         let _ = writeln!(out, "# HELP knibfs_mount_{name} {help}\n# TYPE knibfs_mount_{name} {kind}");
         for (labels, value) in values {
             let _ = writeln!(out, "knibfs_mount_{name}{labels} {value}");
         }
     };
-    let one = |value: u64| [(String::new(), value)];
+    let one = |value: u64| [(String::new(), value.to_string())];
     let info = format!("{{version=\"{}\",store=\"{}\"}}", env!("CARGO_PKG_VERSION"), server.store);
-    line("info", "gauge", "Version of the program and id of the store.", &[(info, 1)]);
+    line("info", "gauge", "Version of the program and id of the store.", &[(info, "1".into())]);
     line("start_time_seconds", "gauge", "When this server was started.", &one(started));
     let keeper = rustix::process::getppid().map_or(0, |pid| pid.as_raw_nonzero().get().cast_unsigned());
     line("keeper_pid", "gauge", "Process that starts the next one.", &one(keeper.into()));
@@ -120,8 +142,27 @@ pub fn text(counters: &Counters, cache: CacheStats, server: &ServerInfo, damage:
     line("cache_limit_bytes", "gauge", "The most of them.", &one(cache.limit as u64));
     line("cache_hits_total", "counter", "Clusters found there.", &one(cache.hits));
     line("cache_misses_total", "counter", "Clusters decoded.", &one(cache.misses));
+    let asked = cache.hits.saturating_add(cache.misses).max(1);
+    #[allow(clippy::cast_precision_loss)] // three digits are shown
+    let ratio = format!("{:.3}", cache.hits as f64 / asked as f64);
+    line(
+        "cache_hit_ratio",
+        "gauge",
+        "Share of clusters found there, of all so far.",
+        &[(String::new(), ratio)],
+    );
     let escaped = |file: &str| file.replace('\\', "\\\\").replace('"', "\\\"").replace('\n', "\\n");
-    let files: Vec<_> = damage.iter().map(|(f, n)| (format!("{{file=\"{}\"}}", escaped(f)), *n)).collect();
-    line("damage_total", "counter", "How often a file was found damaged; .knibfs/damage says how.", &files);
+    let of_files = |files: &mut dyn Iterator<Item = (&String, &u64)>| -> Vec<_> {
+        files.map(|(file, n)| (format!("{{file=\"{}\"}}", escaped(file)), n.to_string())).collect()
+    };
+    let failed = of_files(&mut counters.errors_by_file.lock().iter());
+    line(
+        "file_read_errors_total",
+        "counter",
+        "Of the reads with EIO, those of each file of the mount.",
+        &failed,
+    );
+    let damage = of_files(&mut damage.iter().map(|(file, n)| (file, n)));
+    line("damage_total", "counter", "How often a file was found damaged; .knibfs/damage says how.", &damage);
     out
 }

@@ -437,7 +437,7 @@ impl Tree for StoreTree {
                 let manifest = self.manifest(&of)?;
                 let volume = self.disk(&manifest, &disk)?.volume;
                 let file = BootDisk::new(self.disks.open(&of, &disk)?, &self.store, &of.vm, volume);
-                Ok(Arc::new(Counted::new(file, &self.counters)))
+                Ok(Arc::new(Counted::new(file, path_of(&of, &raw_name(&disk)), &self.counters)))
             }
             Node::Stored { of, disk, digest } => {
                 let lease = self.reader.lease_file(of.id);
@@ -448,7 +448,7 @@ impl Tree for StoreTree {
                     }
                     self.reader.file(&manifest, &disk, lease.clone())
                 })?;
-                Ok(Arc::new(Counted::new(file, &self.counters)))
+                Ok(Arc::new(Counted::new(file, path_of(&of, &disk_file(&disk)), &self.counters)))
             }
             Node::Small { of, path, hash } => Ok(Arc::new(Text::lasting(self.small(&of, &path, hash)?))),
             Node::Damage { version } => {
@@ -484,6 +484,11 @@ fn raw_node(of: &BackupRef, disk: &Disk) -> Node {
 
 fn raw_name(disk: &DiskName) -> String {
     format!("{disk}.raw")
+}
+
+/// The path in the mount of a backup's file.
+fn path_of(of: &BackupRef, file: &str) -> String {
+    format!("vms/{}/{}/{file}", of.vm, of.name)
 }
 
 fn id_target(of: &BackupRef) -> String {

@@ -114,6 +114,27 @@ impl File for Panics {
     }
 }
 
+/// A file whose reads are answered when so many are being answered at once.
+pub struct Together {
+    pub wanted: usize,
+    pub reading: parking_lot::Mutex<usize>,
+    pub bell: parking_lot::Condvar,
+}
+
+impl File for Together {
+    fn len(&self) -> u64 {
+        1 << 20
+    }
+
+    fn read(&self, _: u64, _: &mut [u8]) -> FsResult<()> {
+        let mut reading = self.reading.lock();
+        *reading += 1;
+        self.bell.notify_all();
+        let late = self.bell.wait_while_for(&mut reading, |n| *n < self.wanted, Duration::from_secs(60));
+        if late.timed_out() { Err(FsError::damage("the others did not come")) } else { Ok(()) }
+    }
+}
+
 pub enum Node {
     Folder(parking_lot::RwLock<BTreeMap<OsString, Ino>>, Ino),
     File(Arc<dyn File>, u64),
