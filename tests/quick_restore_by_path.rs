@@ -12,6 +12,7 @@ use common::guest::{Disk, Guest, uri};
 use common::lab::{Lab, tool};
 use common::qemu_images::qemu_img;
 use common::served::ServedMount;
+use knibfs::store::Store;
 
 fn mount(lab: &Lab, options: &[&str]) -> ServedMount {
     let at = lab.path("mnt");
@@ -238,4 +239,69 @@ fn the_disks_of_twenty_vms_are_open_at_once() {
     assert!(open.parse::<u64>().unwrap() >= 20, "{status}");
     assert!(idle.iter().all(Guest::is_running));
     assert!(mount.peak() <= (16 + 64) << 20, "{} MiB", mount.peak() >> 20);
+}
+
+/// What `.knibfs/status` counted.
+fn counted(mount: &ServedMount, name: &str) -> u64 {
+    let status = std::fs::read_to_string(mount.at().join(".knibfs/status")).unwrap();
+    let line = status.lines().find_map(|l| l.strip_prefix(&format!("knibfs_mount_{name} ")));
+    line.unwrap_or_else(|| panic!("no {name}: {status}")).parse().unwrap()
+}
+
+/// Through libvirt, QEMU and the guest's kernel, which reads for itself before anyone tells it to.
+#[test]
+fn what_one_guest_reads_first_is_decoded_ahead_for_the_next_one_from_another_backup() {
+    const PLACES: u64 = 60;
+    let source = Guest::new("ahead").disk("vda", Disk::raw("64M")).define();
+    let mut disk = std::fs::File::options().write(true).open(source.path("vda.raw")).unwrap();
+    (0..64u8).for_each(|n| disk.write_all(&vec![n + 1; 1 << 20]).unwrap());
+    let lab = Lab::at(source.dir());
+    lab.ok(&["init", "--write-once", lab.store().to_str().unwrap()]);
+    lab.ok(&["offering", "create", "daily", "--compress"]);
+    lab.ok(&["vm", "add", "web1", "--domain", source.name(), "--uri", uri(), "--offering", "daily"]);
+    let both = [lab.backup(&[]), lab.backup(&[])];
+    // 4 KiB of a cluster here and there, as a boot reads.
+    let read = |guest: &Guest, count: u64| {
+        guest.sh(&format!(
+            "i=0; while [ $i -lt {count} ]; do dd if=/dev/vda of=/dev/null bs=4k count=1 \
+             skip=$((i * 37 % 1000 * 16 + 2)) iflag=direct 2> /dev/null || exit 1; i=$((i + 1)); done"
+        ));
+    };
+    let boot = |mount: &ServedMount, backup: &Path, name: &str| {
+        let guest = Guest::new(name).with_system();
+        let disk = overlay(guest.dir(), "vda", &file(mount, backup, "vda.raw"), "raw", PAST_THE_CACHE);
+        let guest = guest.disk("vda", disk).start();
+        guest.wait_for_agent();
+        guest
+    };
+    let has_trace = || {
+        let names = std::fs::read_dir(lab.store().join("vms/web1")).unwrap();
+        names.flatten().any(|e| e.file_name().to_string_lossy().contains("boot"))
+    };
+
+    let first_mount = mount(&lab, &["--cache-size", "64M"]);
+    let first = boot(&first_mount, &both[0], "ahead-first");
+    read(&first, PLACES);
+    assert!(!has_trace());
+    first.destroy();
+    first.wait("what it read to be kept", has_trace);
+    drop(first);
+    drop(first_mount);
+    std::fs::remove_dir(lab.path("mnt")).unwrap();
+
+    // Mounted anew: nothing is decoded yet.
+    let mount = mount(&lab, &["--cache-size", "64M"]);
+    let next = boot(&mount, &both[1], "ahead-next");
+    read(&next, 8);
+    // Each part of the trace counts once, whoever decodes it.
+    let volume = lab.manifest(&both[0])["disks"][0]["volume"].as_str().unwrap().parse().unwrap();
+    let trace = Store::open(lab.store()).unwrap().boot_trace(&"web1".parse().unwrap(), volume).unwrap();
+    let parts = trace.parts.0.len() as u64;
+    assert!(parts >= PLACES, "{:?}", trace.parts);
+    next.wait("the rest to be decoded", || counted(&mount, "cache_misses_total") >= parts);
+    let before = (counted(&mount, "cache_misses_total"), counted(&mount, "cache_hits_total"));
+    read(&next, PLACES);
+    let after = (counted(&mount, "cache_misses_total"), counted(&mount, "cache_hits_total"));
+    // But for the first eight all were there when they were asked for.
+    assert!(after.1 >= before.1 + PLACES - 8 && after.0 <= before.0 + 8, "{before:?}, {after:?}");
 }
