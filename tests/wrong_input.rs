@@ -80,7 +80,7 @@ fn a_store_that_is_not_initialised() {
         refused(&lab, arguments, &["is not a knibfs store", "make one with `knibfs init"]);
     }
     fs::remove_dir(lab.store()).unwrap();
-    refused(&lab, &["list"], &["cannot open the store", "No such file"]);
+    refused(&lab, &["list"], &["cannot open the store", "No such file", "knibfs init"]);
     let mut nameless = lab.command(&["list"]);
     let said = sentence(&nameless.env_remove("KNIBFS_STORE").output().unwrap(), 2);
     assert!(said.contains("use `-s STORE` or set KNIBFS_STORE"), "{said}");

@@ -225,8 +225,12 @@ fn dispatch(context: &Context, command: Command) -> Outcome {
 
 /// Log lines go to standard error; `KNIBFS_LOG=debug` shows more.
 fn start_log() {
-    let filter = tracing_subscriber::EnvFilter::try_from_env("KNIBFS_LOG")
-        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("warn"));
+    let wished = std::env::var("KNIBFS_LOG").ok().map(tracing_subscriber::EnvFilter::try_new);
+    let (filter, wrong) = match wished {
+        Some(Ok(filter)) => (filter, None),
+        Some(Err(wrong)) => (tracing_subscriber::EnvFilter::new("warn"), Some(wrong)),
+        None => (tracing_subscriber::EnvFilter::new("warn"), None),
+    };
     // A second start (in tests) is harmless.
     let _ = tracing_subscriber::fmt()
         .with_env_filter(filter)
@@ -234,6 +238,11 @@ fn start_log() {
         .with_target(false)
         .with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr()))
         .try_init();
+    if let Some(wrong) = wrong {
+        tracing::warn!(
+            "KNIBFS_LOG is not understood ({wrong}), warnings are shown; give error, warn, info, debug or trace"
+        );
+    }
 }
 
 #[cfg(test)]

@@ -21,6 +21,14 @@ pub enum StoreError {
         /// Why not.
         source: io::Error,
     },
+    /// The folder is not there.
+    #[error("cannot open the store {}: {source}; see that its disk is mounted, name another store with -s or KNIBFS_STORE, or make one with `knibfs init {}`", path.display(), path.display())]
+    Missing {
+        /// The folder.
+        path: PathBuf,
+        /// Not found.
+        source: io::Error,
+    },
     /// The folder holds no store.
     #[error("{} is not a knibfs store: it has no knibfs.toml; make one with `knibfs init {}`", path.display(), path.display())]
     NotInitialised {

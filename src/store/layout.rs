@@ -112,6 +112,9 @@ impl Store {
         match fs::metadata(path) {
             Ok(found) if !found.is_dir() => return Err(StoreError::NotADirectory { path: path.into() }),
             Ok(_) => {}
+            Err(source) if source.kind() == io::ErrorKind::NotFound => {
+                return Err(StoreError::Missing { path: path.into(), source });
+            }
             Err(e) => return Err(StoreError::io("open the store", path)(e)),
         }
         let root = path.canonicalize().map_err(StoreError::io("open the store", path))?;
