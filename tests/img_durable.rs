@@ -1,5 +1,5 @@
 //! What a command of `knibfs img` wrote is on the device when it ends: every file that it changed was synced after its
-//! last change, as the kernel was told.
+//! last change, and so was the folder that a new file is in, as the kernel was told.
 #![allow(clippy::unwrap_used, clippy::panic, missing_docs)]
 
 mod img_support;
@@ -9,7 +9,8 @@ use std::process::Command;
 
 use img_support::{Bench, zoo};
 
-/// Files in the bench's folder that a command changed, and whether each was synced after its last change.
+/// Files in the bench's folder that a command changed, and whether each was synced after its last change. The empty name
+/// is the folder itself, where it was synced.
 fn synced(bench: &Bench, line: &[&str]) -> BTreeMap<String, bool> {
     let folder = std::fs::canonicalize(bench.dir.path()).unwrap();
     let log = tempfile::NamedTempFile::new().unwrap();
@@ -37,13 +38,14 @@ fn synced(bench: &Bench, line: &[&str]) -> BTreeMap<String, bool> {
         // Of two files the second is written.
         let changed = if name == "copy_file_range" { files_of.get(1) } else { files_of.first() };
         let Some(file) = changed.and_then(|f| f.strip_prefix(folder.to_str().unwrap())) else { continue };
+        let file = file.trim_start_matches('/');
         let sync = matches!(name, "fsync" | "fdatasync");
         // A hole that is punched gives space back: nothing depends on when it does. Other ioctls change no file.
         let hole = rest.contains("PUNCH_HOLE") || name == "ioctl" && !rest.contains("FICLONE");
         if hole || rest.contains(" = -1 ") {
             continue;
         }
-        if !sync || files.contains_key(file) {
+        if !sync || file.is_empty() || files.contains_key(file) {
             files.insert(file.to_owned(), sync);
         }
     }
@@ -87,14 +89,16 @@ fn every_file_that_a_command_changed_is_synced_before_it_ends() {
         (&["bitmap", "--clear", "states.qcow2", "since"], &["states.qcow2"]),
     ] {
         let copy = bench.copy();
-        let files = synced(&copy, line);
-        let (names, all): (Vec<&str>, Vec<bool>) = files.iter().map(|(f, s)| (&f[1..], *s)).unzip();
+        let mut files = synced(&copy, line);
+        let folder = files.remove("").is_some();
+        assert_eq!(folder, changes.contains(&"new"), "{line:?}: whether the folder is synced");
+        let (names, all): (Vec<&str>, Vec<bool>) = files.iter().map(|(f, s)| (f.as_str(), *s)).unzip();
         assert_eq!(names, changes, "{line:?}");
         assert!(all.iter().all(|synced| *synced), "{line:?}: {files:?}");
     }
     // The instrument sees what is left to the page cache.
     for format in ["raw", "qcow2"] {
         let files = synced(&bench.copy(), &["convert", "-t", "unsafe", "-O", format, "top.qcow2", "new"]);
-        assert_eq!(files, BTreeMap::from([("/new".to_owned(), false)]), "{format}");
+        assert_eq!(files, BTreeMap::from([("new".to_owned(), false)]), "{format}");
     }
 }

@@ -88,6 +88,8 @@ pub struct FileStorage {
     direct: OnceLock<Option<File>>,
     /// A write that way failed, and no more are tried.
     direct_failed: AtomicBool,
+    /// It was made here, and its name in its folder is not durable yet.
+    unnamed: AtomicBool,
 }
 
 impl FileStorage {
@@ -108,7 +110,7 @@ impl FileStorage {
         Self::from_file(file, path, locking)
     }
 
-    /// Makes a file that must not exist yet, with a writer's locks.
+    /// Makes a file that must not exist yet, with a writer's locks. Its name is durable when [`Storage::sync`] has returned.
     pub fn create_new(path: &Path) -> Result<Arc<Self>> {
         let file = OpenOptions::new()
             .read(true)
@@ -116,7 +118,9 @@ impl FileStorage {
             .create_new(true)
             .open(path)
             .map_err(|e| Error::io(path, "creating", e))?;
-        Self::from_file(file, path, Locking::Writer)
+        let storage = Self::from_file(file, path, Locking::Writer)?;
+        storage.unnamed.store(true, Ordering::Relaxed);
+        Ok(storage)
     }
 
     fn from_file(file: File, path: &Path, locking: Locking) -> Result<Arc<Self>> {
@@ -135,6 +139,7 @@ impl FileStorage {
             block_device,
             direct: OnceLock::new(),
             direct_failed: AtomicBool::new(false),
+            unnamed: AtomicBool::new(false),
         }))
     }
 
@@ -204,7 +209,17 @@ impl Storage for FileStorage {
     }
 
     fn sync(&self) -> io::Result<()> {
-        self.file.sync_data()
+        self.file.sync_data()?;
+        if self.unnamed.load(Ordering::Relaxed) {
+            let folder = self.path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+            match File::open(folder)?.sync_all() {
+                // There are file systems that know no flush of a folder.
+                Err(e) if e.kind() == io::ErrorKind::InvalidInput => {}
+                done => done?,
+            }
+            self.unnamed.store(false, Ordering::Relaxed);
+        }
+        Ok(())
     }
 
     fn writes_past_cache(&self) -> bool {
