@@ -351,9 +351,9 @@ fn slow(name: &str) -> (Lab, String) {
     slow_with(name, 6)
 }
 
-/// The same with so many MiB of data: each takes a second to be pulled.
+/// The same with so many MiB of data, and 26 without: each takes a second to be pulled.
 fn slow_with(name: &str, mib: u64) -> (Lab, String) {
-    let lab = Lab::new(Guest::new(name).disk("vda", Disk::qcow2("128M")));
+    let lab = Lab::new(Guest::new(name).disk("vda", Disk::qcow2(&format!("{}M", mib + 26))));
     qemu_io(&lab.chain("vda")[0], "qcow2", &format!("write -P 1 0 {mib}M"));
     let backup = lab.ok(&["backup", "web1"]);
     write(&lab, 2);
