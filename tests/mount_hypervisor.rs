@@ -22,13 +22,6 @@ fn fixture() -> Fixture {
     Fixture::chain(SIZE, true, &[(0..SIZE / CLUSTER).map(|n| (n, Shape::Plain)).collect()])
 }
 
-/// What `.knibfs/status` counted.
-fn counted(f: &Fixture, name: &str) -> u64 {
-    let status = fs::read_to_string(f.mnt().join(".knibfs/status")).unwrap();
-    let line = status.lines().find_map(|l| l.strip_prefix(&format!("knibfs_mount_{name} ")));
-    line.unwrap_or_else(|| panic!("no {name}: {status}")).parse().unwrap()
-}
-
 /// libvirt gives an image to QEMU's user before it starts it, and goes on where it is told that the file system is read-only.
 #[test]
 fn it_is_mounted_read_only_without_devices_and_programs_and_the_kernel_checks_who_may() {
@@ -72,10 +65,10 @@ fn what_was_read_is_in_the_page_cache_when_the_disk_is_opened_again() {
     let _mount = f.mount(&[]);
     for name in ["root.raw", "root.qcow2"] {
         let before = fs::read(f.in_mount(0, name)).unwrap();
-        let read = counted(&f, "read_bytes_total");
+        let read = f.counted("read_bytes_total");
         assert!(read >= before.len() as u64);
         assert!(fs::read(f.in_mount(0, name)).unwrap() == before);
-        assert_eq!(counted(&f, "read_bytes_total"), read, "{name}: nothing is asked for again");
+        assert_eq!(f.counted("read_bytes_total"), read, "{name}: nothing is asked for again");
     }
 }
 

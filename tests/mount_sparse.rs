@@ -76,13 +76,6 @@ fn a_disk_that_shrank_to_within_a_cluster_and_grew_again_reads_as_qemu_reads_it(
     }
 }
 
-/// What `.knibfs/status` counted.
-fn counted(f: &Fixture, name: &str) -> u64 {
-    let status = fs::read_to_string(f.mnt().join(".knibfs/status")).unwrap();
-    let line = status.lines().find_map(|l| l.strip_prefix(&format!("knibfs_mount_{name} ")));
-    line.unwrap_or_else(|| panic!("no {name}: {status}")).parse().unwrap()
-}
-
 #[test]
 fn copies_read_and_write_the_data_only() {
     // 8 GiB with 6 MiB in it, half of them compressed, at places far from each other.
@@ -114,7 +107,7 @@ fn copies_read_and_write_the_data_only() {
         let before = fs::metadata(&raw).unwrap();
         assert_eq!((before.size(), before.blocks() * 512), (SIZE, DATA), "st_blocks is what is stored");
         ok(&mut command);
-        let read = counted(&f, "read_bytes_total");
+        let read = f.counted("read_bytes_total");
         assert!(read >= DATA, "{copy}: {read} bytes");
         // The kernel reads ahead of a reader, 4 MiB at most, at each of the six places.
         assert!(reads_holes || read <= DATA + 6 * (4 << 20), "{copy}: {read} bytes were read of {DATA}");

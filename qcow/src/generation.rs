@@ -156,15 +156,11 @@ impl Generation {
             return;
         }
         match L2::decode(word, &self.header) {
-            Ok(L2::Compressed { offset, max_len }) => {
-                // What lies outside the file was never counted.
-                let bits = self.header.cluster_bits;
-                let inside = L2::compressed_is_inside(offset, max_len, self.checked_len, &self.header);
-                match (inside, add) {
-                    (false, _) => {}
-                    (true, true) => self.counts.add_bytes(offset, max_len, bits),
-                    (true, false) => self.counts.remove_bytes(offset, max_len, bits),
-                }
+            // What lies outside the file was never counted.
+            Ok(L2::Compressed { offset, max_len })
+                if L2::compressed_is_inside(offset, max_len, self.checked_len, &self.header) =>
+            {
+                self.count(offset, max_len, add);
             }
             Ok(L2::Data(offset) | L2::Zero { allocated: Some(offset) }) if !self.header.external_data() => {
                 self.change(offset, self.header.cluster_size(), add);
@@ -174,11 +170,15 @@ impl Generation {
     }
 
     fn change(&mut self, offset: u64, len: u64, add: bool) {
-        let bits = self.header.cluster_bits;
         // What lies outside the file was never counted.
-        if offset.checked_add(len).is_none_or(|end| end > self.len.next_multiple_of(1 << bits)) {
-            return;
+        let end = self.len.next_multiple_of(self.header.cluster_size());
+        if offset.checked_add(len).is_some_and(|e| e <= end) {
+            self.count(offset, len, add);
         }
+    }
+
+    fn count(&mut self, offset: u64, len: u64, add: bool) {
+        let bits = self.header.cluster_bits;
         if add {
             self.counts.add_bytes(offset, len, bits);
         } else {

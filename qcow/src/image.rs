@@ -70,10 +70,6 @@ impl Image {
     pub fn data_storage(&self) -> &Arc<dyn Storage> {
         &self.data
     }
-    /// Length of the file with the tables when it was opened, in bytes.
-    pub(crate) fn file_len(&self) -> u64 {
-        self.file_len
-    }
     /// The L1 entries that the disk's size needs.
     pub fn l1(&self) -> &[u64] {
         &self.l1
@@ -117,28 +113,32 @@ impl Image {
         Ok(())
     }
 
+    /// The first word of the L2 entry of the guest byte `at`; data that lies past the end of the file is damage.
+    pub(crate) fn decode(&self, word: u64, at: u64) -> Result<L2> {
+        let (h, index) = (&self.header, at >> self.header.cluster_bits);
+        let decoded = L2::decode(word, h)
+            .map_err(|why| self.damaged(format!("the L2 entry of guest cluster {index}: {why}")))?;
+        if let L2::Data(offset) = decoded
+            && offset >= self.data_len
+            && !h.external_data()
+        {
+            let what = format!("guest cluster {index} lies at {offset:#x}, past the end of the file");
+            return Err(self.damaged(what));
+        }
+        Ok(decoded)
+    }
+
     fn cluster(&self, at: u64, stop: u64, entry: &[u8], each: &mut dyn FnMut(u64, u64, Piece)) -> Result<()> {
         let h = &self.header;
         let within = at & (h.cluster_size() - 1);
         let word = |i: usize| entry.as_chunks::<8>().0.get(i).map_or(0, |c| u64::from_be_bytes(*c));
-        let decoded = L2::decode(word(0), h).map_err(|why| {
-            self.damaged(format!("the L2 entry of guest cluster {}: {why}", at >> h.cluster_bits))
-        })?;
+        let decoded = self.decode(word(0), at)?;
         if let L2::Compressed { offset, max_len } = decoded {
             if offset >= self.file_len || (h.extended_l2() && word(1) != 0) {
                 return Err(self.damaged(format!("the compressed cluster of guest cluster {} lies at {offset:#x}, past the end, or has subclusters", at >> h.cluster_bits)));
             }
             each(at, stop - at, Piece::Compressed(offset, max_len));
             return Ok(());
-        }
-        if let L2::Data(offset) = decoded
-            && offset >= self.data_len
-            && !h.external_data()
-        {
-            return Err(self.damaged(format!(
-                "guest cluster {} lies at {offset:#x}, past the end of the file",
-                at >> h.cluster_bits
-            )));
         }
         if !h.extended_l2() {
             let piece = match decoded {

@@ -207,18 +207,7 @@ impl Layer {
         let h = image.header();
         let word = |i: usize| entry.as_chunks::<8>().0.get(i).map_or(0, |c| u64::from_be_bytes(*c));
         let within = at & (h.cluster_size() - 1);
-        let decoded = L2::decode(word(0), h).map_err(|why| {
-            let index = at >> h.cluster_bits;
-            Error::damaged(self.storage.path(), format!("the L2 entry of guest cluster {index}: {why}"))
-        })?;
-        if let L2::Data(host) = decoded
-            && !h.external_data()
-            && host >= image.file_len()
-        {
-            let index = at >> h.cluster_bits;
-            let what = format!("guest cluster {index} lies at {host:#x}, past the end of the file");
-            return Err(Error::damaged(self.storage.path(), what));
-        }
+        let decoded = image.decode(word(0), at)?;
         let (host, mut zero, mut data, compressed) = match decoded {
             L2::Unallocated => (None, false, false, false),
             L2::Zero { allocated } => (allocated, true, false, false),

@@ -3,6 +3,8 @@
 
 mod common;
 
+use std::path::Path;
+
 use common::exercise::{Memory, change, look};
 use common::maker::{CLUSTER, DATA, L2, Maker, read};
 use common::{checked, content, qemu_img, qemu_io, quiet, report_of, rw, s, temp, tool};
@@ -18,6 +20,18 @@ const ALL: std::ops::Range<u64> = 0..20 << 10;
 fn bytes_of(storage: &dyn Storage) -> Vec<u8> {
     let mut bytes = vec![0; storage.len().unwrap() as usize];
     storage.read_at(&mut bytes, 0).unwrap();
+    bytes
+}
+
+/// `sound` with `value` at `place`, in which QEMU and our check find something wrong.
+fn damaged_for_both(file: &Path, sound: &[u8], what: &str, place: usize, value: &[u8]) -> Vec<u8> {
+    let mut bytes = sound.to_vec();
+    bytes[place..place + value.len()].copy_from_slice(value);
+    std::fs::write(file, &bytes).unwrap();
+    let (code, text) = tool("qemu-img", &["check", "-f", "qcow2", s(file)]);
+    assert_ne!(code, 0, "{what}: {text}");
+    let found = report_of(Memory::new(&bytes)).unwrap();
+    assert!(found.corruptions > 0, "{what}");
     bytes
 }
 
@@ -84,13 +98,7 @@ fn a_snapshots_entry_out_of_range_is_refused_and_found_by_a_check() {
         ("extra data without the disk's size", table + 36, &[0, 0, 0, 8], true),
         ("an id and a name past the end", table + 12, &[0xff, 0xff, 0xff, 0xff], false),
     ] {
-        let mut bytes = sound.clone();
-        bytes[place..place + value.len()].copy_from_slice(value);
-        std::fs::write(at("a"), &bytes).unwrap();
-        let (code, text) = tool("qemu-img", &["check", "-f", "qcow2", s(&at("a"))]);
-        assert_ne!(code, 0, "{what}: {text}");
-        let found = report_of(Memory::new(&bytes)).unwrap();
-        assert!(found.corruptions > 0, "{what}");
+        let bytes = damaged_for_both(&at("a"), &sound, what, place, value);
         let list = snapshot::list(&*Memory::new(&bytes));
         assert_eq!(list.is_ok(), listed, "{what}: {list:?}");
         let error = quiet(|c| snapshot::apply(Memory::new(&bytes), "s", c)).unwrap_err().to_string();
@@ -270,14 +278,8 @@ fn fields_of_bitmaps_out_of_range_are_refused_and_found_by_a_check() {
         ("reserved bits of the table", table, &[0x80]),
         ("bits past the end", table + 4, &[1]),
     ] {
-        let mut bytes = sound.clone();
-        bytes[place..place + value.len()].copy_from_slice(value);
-        std::fs::write(at("a"), &bytes).unwrap();
         // QEMU opens none of them.
-        let (code, text) = tool("qemu-img", &["check", "-f", "qcow2", s(&at("a"))]);
-        assert_ne!(code, 0, "{what}: {text}");
-        let found = report_of(Memory::new(&bytes)).unwrap();
-        assert!(found.corruptions > 0, "{what}");
+        let bytes = damaged_for_both(&at("a"), &sound, what, place, value);
         let error = bitmap::dirty(&*Memory::new(&bytes), "b").unwrap_err().to_string();
         assert!(error.contains("bitmap"), "{what}: {error}");
         look(&bytes);

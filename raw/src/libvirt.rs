@@ -1,4 +1,4 @@
-//! libvirt's library, loaded by the first call of it. With all that it needs it is some forty libraries, which take longer to
+//! libvirt's library, loaded by the first call of it. With all that it needs it is more than fifty libraries, which take longer to
 //! load than `img check` takes, or a mount to start: so only what talks to libvirt loads them, and the rest runs without.
 //!
 //! The crate `virt` calls functions by their names. Those that knibfs reaches are defined here under the same names, so that

@@ -225,11 +225,10 @@ fn dispatch(context: &Context, command: Command) -> Outcome {
 
 /// Log lines go to standard error; `KNIBFS_LOG=debug` shows more.
 fn start_log() {
-    let wished = std::env::var("KNIBFS_LOG").ok().map(tracing_subscriber::EnvFilter::try_new);
-    let (filter, wrong) = match wished {
-        Some(Ok(filter)) => (filter, None),
-        Some(Err(wrong)) => (tracing_subscriber::EnvFilter::new("warn"), Some(wrong)),
-        None => (tracing_subscriber::EnvFilter::new("warn"), None),
+    let level = std::env::var("KNIBFS_LOG").unwrap_or_else(|_| "warn".into());
+    let (filter, wrong) = match tracing_subscriber::EnvFilter::try_new(level) {
+        Ok(filter) => (filter, None),
+        Err(wrong) => (tracing_subscriber::EnvFilter::new("warn"), Some(wrong)),
     };
     // A second start (in tests) is harmless.
     let _ = tracing_subscriber::fmt()

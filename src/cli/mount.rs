@@ -106,10 +106,10 @@ pub fn run(context: &Context, args: &Args) -> Outcome {
     if args.foreground {
         let ready = || {
             // The mount is as good without it; who waits for it must know why in vain.
-            super::systemd::ready().or_else(|error| {
+            if let Err(error) = super::systemd::ready() {
                 tracing::warn!("cannot tell systemd (NOTIFY_SOCKET) that the mount is ready: {error}");
-                Ok(())
-            })
+            }
+            Ok(())
         };
         keep_mount(&store, &place, args, ready)?;
         return Ok(());

@@ -143,7 +143,6 @@ pub fn text(counters: &Counters, cache: CacheStats, server: &ServerInfo, damage:
     line("cache_hits_total", "counter", "Clusters found there.", &one(cache.hits));
     line("cache_misses_total", "counter", "Clusters decoded.", &one(cache.misses));
     let asked = cache.hits.saturating_add(cache.misses).max(1);
-    #[allow(clippy::cast_precision_loss)] // three digits are shown
     let ratio = format!("{:.3}", cache.hits as f64 / asked as f64);
     line(
         "cache_hit_ratio",
@@ -152,17 +151,15 @@ pub fn text(counters: &Counters, cache: CacheStats, server: &ServerInfo, damage:
         &[(String::new(), ratio)],
     );
     let escaped = |file: &str| file.replace('\\', "\\\\").replace('"', "\\\"").replace('\n', "\\n");
-    let of_files = |files: &mut dyn Iterator<Item = (&String, &u64)>| -> Vec<_> {
-        files.map(|(file, n)| (format!("{{file=\"{}\"}}", escaped(file)), n.to_string())).collect()
-    };
-    let failed = of_files(&mut counters.errors_by_file.lock().iter());
+    let of_file = |file: &str, n: u64| (format!("{{file=\"{}\"}}", escaped(file)), n.to_string());
+    let failed: Vec<_> = counters.errors_by_file.lock().iter().map(|(file, n)| of_file(file, *n)).collect();
     line(
         "file_read_errors_total",
         "counter",
         "Of the reads with EIO, those of each file of the mount.",
         &failed,
     );
-    let damage = of_files(&mut damage.iter().map(|(file, n)| (file, n)));
+    let damage: Vec<_> = damage.iter().map(|(file, n)| of_file(file, *n)).collect();
     line("damage_total", "counter", "How often a file was found damaged; .knibfs/damage says how.", &damage);
     out
 }

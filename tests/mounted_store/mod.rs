@@ -128,6 +128,13 @@ impl Fixture {
         out
     }
 
+    /// What `.knibfs/status` counted.
+    pub fn counted(&self, name: &str) -> u64 {
+        let status = fs::read_to_string(self.mnt().join(".knibfs/status")).unwrap();
+        let line = status.lines().find_map(|l| l.strip_prefix(&format!("knibfs_mount_{name} ")));
+        line.unwrap_or_else(|| panic!("no {name}: {status}")).parse().unwrap()
+    }
+
     pub fn mnt(&self) -> PathBuf {
         self.dir.path().join("mnt")
     }
