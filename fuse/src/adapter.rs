@@ -28,6 +28,9 @@ const SHORT: Duration = Duration::from_secs(1);
 const LONG: Duration = Duration::from_secs(24 * 3600);
 /// Requests of the kernel's readahead and native aio in flight.
 const BACKGROUND: u16 = 64;
+/// How many file systems may lie on each other in a mount that passes files through: this one on one that lies on none. That
+/// leaves room for one above it.
+const STACK_DEPTH: u32 = 1;
 /// No Linux file system has longer names. Bytes.
 const LONGEST_NAME: usize = 255;
 /// `lseek`'s whence.
@@ -188,6 +191,9 @@ impl Filesystem for Adapter {
             let _ = config.add_capabilities(capability);
         }
         let _ = config.set_max_background(BACKGROUND);
+        if self.tree.has_backings() && config.add_capabilities(InitFlags::FUSE_PASSTHROUGH).is_ok() {
+            let _ = config.set_max_stack_depth(STACK_DEPTH);
+        }
         Ok(())
     }
 
@@ -230,7 +236,12 @@ impl Filesystem for Adapter {
             Ok(file) => {
                 let lasting = file.is_lasting();
                 let handle = handle_of(req);
-                self.files.add(handle, file, Holder { pid: process_of(req.pid()), ino });
+                let holder = Holder { pid: process_of(req.pid()), ino };
+                if let Some(id) = self.files.open(handle, file, holder) {
+                    // Its pages are those of the file behind it.
+                    let (handle, flags) = (FileHandle(handle), FopenFlags::FOPEN_NOFLUSH);
+                    return knib_raw::device::answer_with_backing(reply, handle, flags, id);
+                }
                 // Where a node's bytes never change, the kernel's pages of it stay true.
                 let cache = if lasting { FopenFlags::FOPEN_KEEP_CACHE } else { FopenFlags::FOPEN_DIRECT_IO };
                 let flags = cache | FopenFlags::FOPEN_NOFLUSH;

@@ -3,7 +3,7 @@
 use std::ffi::CString;
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read as _, Write as _};
-use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd};
+use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
@@ -145,6 +145,16 @@ impl Device {
         notice.extend_from_slice(&RESEND.to_ne_bytes());
         notice.extend_from_slice(&0u64.to_ne_bytes());
         self.device.write_all(&notice)
+    }
+
+    /// Gives the kernel a file to read by itself; the number that it knows it by.
+    pub fn open_backing(&self, file: BorrowedFd<'_>) -> io::Result<u32> {
+        knib_raw::device::open_backing(&self.device, file)
+    }
+
+    /// Has the kernel forget one. Open files that it is read for stay open.
+    pub fn close_backing(&self, id: u32) -> io::Result<()> {
+        knib_raw::device::close_backing(&self.device, id)
     }
 
     /// Whether the mount is gone, and the last open file of it.

@@ -1,7 +1,9 @@
 //! The files and folders that are open now.
 
 use std::collections::HashMap;
+use std::os::fd::BorrowedFd;
 use std::sync::Arc;
+use std::sync::mpsc::{Receiver, Sender, channel};
 
 use parking_lot::{Condvar, Mutex, RwLock};
 
@@ -21,9 +23,9 @@ pub struct Holder {
 pub struct OpenFiles {
     files: RwLock<HashMap<u64, Opened>>,
     /// Open since before this server, and not opened again yet: what they are on could not be read.
-    missing: RwLock<HashMap<u64, Holder>>,
+    missing: RwLock<HashMap<u64, Missing>>,
     /// Who is told what is opened and closed, so that the next server knows it.
-    keeper: Option<Arc<Link>>,
+    keeper: Option<Keeper>,
     closed: Mutex<u64>,
     bell: Condvar,
 }
@@ -31,6 +33,36 @@ pub struct OpenFiles {
 struct Opened {
     file: Arc<dyn File>,
     holder: Holder,
+    /// What the kernel reads by itself.
+    backing: Option<u32>,
+}
+
+#[derive(Clone, Copy)]
+struct Missing {
+    holder: Holder,
+    backing: Option<u32>,
+}
+
+/// Who holds the mount, as a server sees it.
+struct Keeper {
+    link: Arc<Link>,
+    /// Held from the decision how the kernel reads a file until that is noted.
+    answers: Mutex<Receiver<(u64, Option<u32>)>>,
+    /// None when the keeper is gone.
+    ear: Mutex<Option<Sender<(u64, Option<u32>)>>>,
+}
+
+impl Keeper {
+    /// Asks it to have the kernel read a file by itself. It holds what the kernel then knows the file by: that outlives this server.
+    fn ask(
+        &self,
+        answers: &Receiver<(u64, Option<u32>)>,
+        handle: u64,
+        file: BorrowedFd<'_>,
+    ) -> Option<u32> {
+        self.link.tell(&ToKeeper::Back { handle }, Some(file));
+        answers.iter().find(|(of, _)| *of == handle)?.1
+    }
 }
 
 impl std::fmt::Debug for OpenFiles {
@@ -42,13 +74,15 @@ impl std::fmt::Debug for OpenFiles {
 impl OpenFiles {
     /// None yet, in a mount that a keeper holds.
     pub(crate) fn told_to(keeper: Arc<Link>) -> Self {
+        let (ear, answers) = channel();
+        let keeper = Keeper { link: keeper, answers: Mutex::new(answers), ear: Mutex::new(Some(ear)) };
         Self { keeper: Some(keeper), ..Self::default() }
     }
 
     /// Who holds what, each once, in order.
     pub fn holders(&self) -> Vec<Holder> {
         let mut found: Vec<_> = self.files.read().values().map(|o| o.holder).collect();
-        found.extend(self.missing.read().values());
+        found.extend(self.missing.read().values().map(|m| m.holder));
         found.sort_unstable();
         found.dedup();
         found
@@ -69,18 +103,76 @@ impl OpenFiles {
     }
 
     /// Adds an opened file. The keeper knows it before the kernel does: what was opened outlives this server.
-    pub(crate) fn add(&self, handle: u64, file: Arc<dyn File>, holder: Holder) {
+    pub(crate) fn add(&self, handle: u64, file: Arc<dyn File>, holder: Holder, backing: Option<u32>) {
+        self.tell_of(handle, &*file, holder, backing);
+        self.note(handle, file, holder, backing);
+    }
+
+    fn tell_of(&self, handle: u64, file: &dyn File, holder: Holder, backing: Option<u32>) {
         if let Some(keeper) = &self.keeper {
-            let opened = ToKeeper::Opened { handle, ino: holder.ino.0, pid: holder.pid };
-            keeper.tell(&opened, file.lock());
+            let opened = ToKeeper::Opened { handle, ino: holder.ino.0, pid: holder.pid, backing };
+            keeper.link.tell(&opened, file.lock());
         }
-        self.files.write().insert(handle, Opened { file, holder });
+    }
+
+    fn note(&self, handle: u64, file: Arc<dyn File>, holder: Holder, backing: Option<u32>) {
+        if backing.is_some() {
+            file.passed_through();
+        }
+        self.files.write().insert(handle, Opened { file, holder, backing });
         self.missing.write().remove(&handle);
     }
 
+    /// The same for a file that is opened now. What the kernel reads in its place, where it has a backing and the kernel takes it.
+    ///
+    /// The kernel has one way to read a node for all who have it open, and fails what is opened in the other. It leaves a way
+    /// before it says that a file is closed, so the handles that are here are never fewer than it has.
+    pub(crate) fn open(&self, handle: u64, file: Arc<dyn File>, holder: Holder) -> Option<u32> {
+        let (Some(keeper), Some(from)) = (&self.keeper, file.backing()) else {
+            self.add(handle, file, holder, None);
+            return None;
+        };
+        let answers = keeper.answers.lock();
+        let others = self.backings_of(holder.ino, handle);
+        let passed = others.iter().find_map(|backing| *backing);
+        self.tell_of(handle, &*file, holder, None);
+        let backing = if others.is_empty() || passed.is_some() {
+            // Asked also where others have it open, which may be closed meanwhile. Without a keeper none is closed any more.
+            keeper.ask(&answers, handle, from).or(passed)
+        } else {
+            None
+        };
+        self.note(handle, file, holder, backing);
+        backing
+    }
+
+    /// How the kernel reads the other handles on a node.
+    fn backings_of(&self, ino: Ino, but: u64) -> Vec<Option<u32>> {
+        let is_other = |handle: u64, holder: &Holder| handle != but && holder.ino == ino;
+        let (files, missing) = (self.files.read(), self.missing.read());
+        let open = files.iter().filter(|(handle, o)| is_other(**handle, &o.holder)).map(|(_, o)| o.backing);
+        let missing = missing.iter().filter(|(handle, m)| is_other(**handle, &m.holder));
+        open.chain(missing.map(|(_, m)| m.backing)).collect()
+    }
+
+    /// The keeper has said what the kernel reads in place of an open file.
+    pub fn backed(&self, handle: u64, backing: Option<u32>) {
+        if let Some(ear) = self.keeper.as_ref().and_then(|keeper| keeper.ear.lock().clone()) {
+            // The one who asks holds the other end.
+            let _ = ear.send((handle, backing));
+        }
+    }
+
+    /// The keeper will say nothing more.
+    pub fn keeper_is_gone(&self) {
+        if let Some(keeper) = &self.keeper {
+            keeper.ear.lock().take();
+        }
+    }
+
     /// Notes a handle whose file cannot be opened now.
-    pub(crate) fn miss(&self, handle: u64, holder: Holder) {
-        self.missing.write().insert(handle, holder);
+    pub(crate) fn miss(&self, handle: u64, holder: Holder, backing: Option<u32>) {
+        self.missing.write().insert(handle, Missing { holder, backing });
     }
 
     /// A file that is open; one that is missing is opened as soon as it can be.
@@ -93,9 +185,9 @@ impl OpenFiles {
             return Ok(found.file.clone());
         }
         let missing = self.missing.read().get(&handle).copied();
-        let holder = missing.ok_or_else(FsError::stale)?;
+        let Missing { holder, backing } = missing.ok_or_else(FsError::stale)?;
         let file = open(holder.ino)?;
-        self.add(handle, file.clone(), holder);
+        self.add(handle, file.clone(), holder, backing);
         Ok(file)
     }
 
@@ -105,7 +197,7 @@ impl OpenFiles {
         drop(closed);
         self.missing.write().remove(&handle);
         if let Some(keeper) = &self.keeper {
-            keeper.tell(&ToKeeper::Closed { handle }, None);
+            keeper.link.tell(&ToKeeper::Closed { handle }, None);
         }
         *self.closed.lock() += 1;
         self.bell.notify_all();
@@ -145,6 +237,8 @@ impl OpenFolders {
 
 #[cfg(test)]
 mod tests {
+    use std::os::fd::AsFd as _;
+
     use super::*;
     use crate::Problem;
 
@@ -164,7 +258,7 @@ mod tests {
     fn a_handle_from_before_is_open_also_while_its_file_cannot_be_opened() {
         let files = OpenFiles::default();
         let holder = Holder { pid: 3, ino: Ino(7) };
-        files.miss(5, holder);
+        files.miss(5, holder, None);
         assert_eq!((files.holders(), files.is_empty()), (vec![holder], false));
         let out_of_reach = |_| Err(FsError::new(Problem::Damage, "the store is out of reach"));
         assert_eq!(files.get(5, out_of_reach).err().map(|e| e.problem()), Some(Problem::Damage));
@@ -178,5 +272,73 @@ mod tests {
         files.remove(5);
         assert!(files.is_empty());
         assert_eq!(files.get(5, open).err().map(|e| e.problem()), Some(Problem::Stale));
+    }
+
+    /// Bytes that lie in a file on disk.
+    struct OnDisk(std::fs::File);
+
+    impl File for OnDisk {
+        fn len(&self) -> u64 {
+            0
+        }
+
+        fn read(&self, _: u64, _: &mut [u8]) -> FsResult<()> {
+            Ok(())
+        }
+
+        fn backing(&self) -> Option<BorrowedFd<'_>> {
+            Some(self.0.as_fd())
+        }
+    }
+
+    fn on_disk() -> Arc<dyn File> {
+        Arc::new(OnDisk(std::fs::File::open("/dev/null").unwrap()))
+    }
+
+    /// Answers as many questions as there are answers; what was said before each and after the last.
+    fn keeper(link: Link, files: &OpenFiles, answers: &[Option<u32>]) -> Vec<Vec<ToKeeper>> {
+        let mut said = vec![vec![]];
+        for answer in answers {
+            while let Some((message, fd)) = link.receive().unwrap() {
+                if let ToKeeper::Back { handle } = message {
+                    assert!(fd.is_some());
+                    files.backed(handle, *answer);
+                    said.push(vec![]);
+                    break;
+                }
+                said.last_mut().unwrap().push(message);
+            }
+        }
+        drop(link);
+        files.keeper_is_gone();
+        said
+    }
+
+    #[test]
+    fn all_handles_on_a_node_are_read_in_one_way_until_the_last_is_closed() {
+        let (ours, theirs) = Link::pair().unwrap();
+        let files = OpenFiles::told_to(Arc::new(ours));
+        let holder = |ino| Holder { pid: 3, ino: Ino(ino) };
+        std::thread::scope(|scope| {
+            let keeper = scope.spawn(|| keeper(theirs, &files, &[Some(9), Some(9), None, Some(8), Some(7)]));
+            assert_eq!(files.open(1, on_disk(), holder(7)), Some(9));
+            assert_eq!(files.open(2, on_disk(), holder(7)), Some(9));
+            // A kernel that is not willing is not asked again while the node is open.
+            assert_eq!(files.open(3, on_disk(), holder(8)), None);
+            assert_eq!(files.open(4, on_disk(), holder(8)), None);
+            (3..5).for_each(|handle| files.remove(handle));
+            assert_eq!(files.open(5, on_disk(), holder(8)), Some(8));
+            // One that is open since before this server, and one that the server before had begun to open.
+            files.miss(10, holder(9), None);
+            assert_eq!(files.open(11, on_disk(), holder(9)), None);
+            files.miss(12, holder(10), Some(7));
+            assert_eq!(files.open(12, on_disk(), holder(10)), Some(7));
+            let said = keeper.join().unwrap();
+            let opened = ToKeeper::Opened { handle: 1, ino: 7, pid: 3, backing: None };
+            assert_eq!(said[0], [opened], "the handle is known before what the kernel reads");
+        });
+        // Without a keeper: as those who have it open, else checked.
+        assert_eq!(files.open(6, on_disk(), holder(7)), Some(9));
+        assert_eq!(files.open(7, on_disk(), holder(11)), None);
     }
 }

@@ -37,6 +37,16 @@ pub enum ToServer {
         ino: u64,
         /// Who opened it.
         pid: u32,
+        /// What the kernel reads in its place, where it does so by itself.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        backing: Option<u32>,
+    },
+    /// The answer to [`ToKeeper::Back`].
+    Backed {
+        /// The handle.
+        handle: u64,
+        /// The number by which the kernel knows the file now; none where it does not take it.
+        backing: Option<u32>,
     },
     /// All is said: serve.
     Go,
@@ -72,6 +82,15 @@ pub enum ToKeeper {
         ino: u64,
         /// Who opened it.
         pid: u32,
+        /// What the kernel reads in its place, as the keeper has said.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        backing: Option<u32>,
+    },
+    /// The kernel shall read the file of this open handle by itself. With the descriptor to read from. Only servers that were
+    /// told to do so say this, and only keepers that know it tell them.
+    Back {
+        /// The handle.
+        handle: u64,
     },
     /// It is closed.
     Closed {
@@ -183,7 +202,7 @@ mod tests {
     fn messages_stay_whole_carry_a_descriptor_and_outlive_their_sender() {
         let (one, other) = Link::pair().unwrap();
         let (mut read, write) = std::io::pipe().unwrap();
-        let opened = ToKeeper::Opened { handle: 1, ino: 2, pid: 3 };
+        let opened = ToKeeper::Opened { handle: 1, ino: 2, pid: 3, backing: Some(4) };
         one.send(&opened, Some(write.as_fd())).unwrap();
         one.send(&ToKeeper::Closed { handle: 1 }, None).unwrap();
         drop((one, write));
@@ -198,5 +217,17 @@ mod tests {
         let (message, fd) = other.receive::<ToKeeper>().unwrap().unwrap();
         assert_eq!((message, fd.is_none()), (ToKeeper::Closed { handle: 1 }, true));
         assert!(other.receive::<ToKeeper>().unwrap().is_none());
+    }
+
+    #[test]
+    fn versions_that_know_nothing_of_passthrough_are_understood_and_understand() {
+        let old = r#"{"Opened":{"handle":1,"ino":2,"pid":3}}"#;
+        let opened = ToKeeper::Opened { handle: 1, ino: 2, pid: 3, backing: None };
+        assert_eq!(serde_json::from_str::<ToKeeper>(old).unwrap(), opened);
+        assert_eq!(serde_json::to_string(&opened).unwrap(), old);
+        let old = r#"{"Handle":{"handle":1,"ino":2,"pid":3}}"#;
+        let handle = ToServer::Handle { handle: 1, ino: 2, pid: 3, backing: None };
+        assert_eq!(serde_json::from_str::<ToServer>(old).unwrap(), handle);
+        assert_eq!(serde_json::to_string(&handle).unwrap(), old);
     }
 }

@@ -67,18 +67,20 @@ impl Server {
         loop {
             match keeper.receive()? {
                 Some((ToServer::Greeting { request }, Some(queue))) => greeting = Some((request, queue)),
-                Some((ToServer::Handle { handle, ino, pid }, _)) => {
+                Some((ToServer::Handle { handle, ino, pid, backing }, _)) => {
                     let ino = Ino(ino);
                     let holder = Holder { pid, ino };
                     match tree.open(ino) {
-                        Ok(file) => files.add(handle, file, holder),
+                        Ok(file) => files.add(handle, file, holder, backing),
                         Err(error) => {
                             tracing::error!("a file that was open cannot be opened again now: {error}");
-                            files.miss(handle, holder);
+                            files.miss(handle, holder, backing);
                         }
                     }
                 }
                 Some((ToServer::Go, _)) => break,
+                // None was asked for yet.
+                Some((ToServer::Backed { .. }, _)) => {}
                 Some((ToServer::Ping, _)) => keeper.send(&ToKeeper::Pong, None)?,
                 Some((ToServer::Greeting { .. }, None)) => return Err(io::Error::other("there is no queue")),
                 None => return Err(io::Error::other("the keeper of the mount is gone")),

@@ -90,6 +90,11 @@ pub trait Tree: Send + Sync + 'static {
     fn open(&self, ino: Ino) -> FsResult<Arc<dyn File>>;
     /// Size and room.
     fn statfs(&self) -> FsResult<Statfs>;
+
+    /// Whether files of it have a [`File::backing`]. Asked once, before the first open.
+    fn has_backings(&self) -> bool {
+        false
+    }
 }
 
 /// An opened file. Called from many threads at once; its bytes never change.
@@ -114,6 +119,15 @@ pub trait File: Send + Sync {
     fn lock(&self) -> Option<BorrowedFd<'_>> {
         None
     }
+
+    /// A file on disk that has exactly these bytes, if the kernel may read it by itself: without a request, and unchecked. Used
+    /// where a keeper holds the mount and the kernel is willing; else [`File::read`] is called as ever.
+    fn backing(&self) -> Option<BorrowedFd<'_>> {
+        None
+    }
+
+    /// Called when the kernel reads [`File::backing`] by itself, until this is dropped.
+    fn passed_through(&self) {}
 
     /// Whether reads of it wait for a disk now, so that this one might.
     fn waits(&self) -> bool {

@@ -1,4 +1,4 @@
-//! The only unsafe code of knibfs, each block with its reason: two calls about descriptors, and libvirt's library, which is
+//! The only unsafe code of knibfs, each block with its reason: calls about descriptors, and libvirt's library, which is
 //! loaded when it is first needed. Everything else forbids it.
 
 #![deny(unsafe_code)]

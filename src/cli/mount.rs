@@ -64,6 +64,11 @@ pub struct Args {
     #[arg(long, hide = true, value_name = "N")]
     serve_for_keeper: Option<u64>,
 
+    /// Have the kernel read stored files (`<disk>.qcow2`) by itself: at the disk's speed, and unchecked. For the option
+    /// `passthrough` of mount(8) and fstab.
+    #[arg(long, hide = true)]
+    passthrough: bool,
+
     /// Do as if the kernel could not hand requests out again when the server dies (before Linux 6.9).
     #[arg(long, hide = true)]
     no_resend: bool,
@@ -129,6 +134,7 @@ fn tree(store: Store, args: &Args, restarts: u64) -> anyhow::Result<Arc<dyn Tree
         cache_size: usize::try_from(args.cache_size).unwrap_or(usize::MAX),
         mounted_at: args.mount_point.display().to_string(),
         restarts,
+        passthrough: args.passthrough,
     };
     Ok(Arc::new(StoreTree::new(store, config).context("cannot start the mount's threads")?))
 }
@@ -158,7 +164,11 @@ fn keep_mount(
 fn mount_command(program: &Path, store: &Store, place: &MountPoint, args: &Args) -> Command {
     let mut command = Command::new(program);
     command.arg("--store").arg(store.root()).arg("mount").arg(place.path());
-    for (flag, given) in [("--allow-other", args.allow_other), ("--no-resend", args.no_resend)] {
+    for (flag, given) in [
+        ("--allow-other", args.allow_other),
+        ("--passthrough", args.passthrough),
+        ("--no-resend", args.no_resend),
+    ] {
         command.args(given.then_some(flag));
     }
     let options = [

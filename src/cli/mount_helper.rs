@@ -7,6 +7,8 @@ use std::path::Path;
 const NAME: &str = "mount.fuse.knibfs";
 /// Options of `knibfs mount` that take a value.
 const VALUES: [&str; 6] = ["uid", "gid", "mode", "cache-size", "threads", "log-dir"];
+/// Those that take none.
+const FLAGS: [&str; 2] = ["allow-other", "passthrough"];
 /// What mount(8) passes on, and what fstab lines hold for others to read. The mount is `ro,nosuid,nodev,noexec` always.
 const IGNORED: [&str; 27] = [
     "defaults",
@@ -81,10 +83,13 @@ fn one(option: &str) -> Result<Option<OsString>, String> {
     let name = name.replace('_', "-");
     match value {
         _ if option.starts_with("x-") || option.starts_with("X-") || name == "comment" => Ok(None),
-        None if name == "allow-other" => Ok(Some("--allow-other".into())),
+        None if FLAGS.contains(&name.as_str()) => Ok(Some(format!("--{name}").into())),
         None if IGNORED.contains(&option) => Ok(None),
         Some(value) if VALUES.contains(&name.as_str()) => Ok(Some(format!("--{name}={value}").into())),
-        _ => Err(format!("the option {option} is not known: allow_other, {}=… are", VALUES.join("=…, "))),
+        _ => {
+            let (flags, values) = (FLAGS.join(", "), VALUES.join("=…, "));
+            Err(format!("the option {option} is not known: {flags}, {values}=… are"))
+        }
     }
 }
 
@@ -102,16 +107,16 @@ mod tests {
     fn what_mount_and_fstab_say_becomes_a_command_line() {
         assert_eq!(said("/usr/bin/knibfs mount /mnt"), None);
         let line = said(
-            "/sbin/mount.fuse.knibfs /store /mnt -sv -t fuse.knibfs -o rw,nofail,x-systemd.automount,allow_other,cache_size=1G,uid=5",
+            "/sbin/mount.fuse.knibfs /store /mnt -sv -t fuse.knibfs -o rw,nofail,x-systemd.automount,allow_other,cache_size=1G,uid=5,passthrough",
         );
-        let wanted = "knibfs --store /store mount --allow-other --cache-size=1G --uid=5 -- /mnt";
+        let wanted = "knibfs --store /store mount --allow-other --cache-size=1G --uid=5 --passthrough -- /mnt";
         assert_eq!(line.unwrap().unwrap().join(" "), wanted);
     }
 
     #[test]
     fn what_is_not_known_is_refused() {
         for words in
-            ["/store", "/s /m /x", "/s /m -o", "/s /m -o nonsense", "/s /m -o serve-for-parent=1", "/s /m -q"]
+            ["/store", "/s /m /x", "/s /m -o", "/s /m -o nonsense", "/s /m -o serve-for-parent=1", "/s /m -o passthrough=1", "/s /m -q"]
         {
             let refusal = said(&format!("mount.fuse.knibfs {words}")).unwrap().unwrap_err();
             assert!(!refusal.is_empty(), "{words}");

@@ -6,7 +6,7 @@
 
 use std::collections::HashMap;
 use std::io;
-use std::os::fd::{AsFd as _, OwnedFd};
+use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
 use std::os::unix::process::{CommandExt as _, ExitStatusExt as _};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
@@ -58,6 +58,7 @@ pub fn keep(kept: Kept<'_>, ready: impl FnOnce() -> io::Result<()>) -> anyhow::R
         coming: None,
         start_at: None,
         patience: Patience::default(),
+        has_refused: false,
         starts: 0,
         asked: 0,
         asked_to_end: 0,
@@ -81,6 +82,8 @@ enum Event {
 struct Open {
     ino: u64,
     pid: u32,
+    /// What the kernel reads by itself; one for all handles on a node.
+    backing: Option<u32>,
     /// Only held.
     _lock: Option<OwnedFd>,
 }
@@ -118,6 +121,8 @@ struct Keeper<'a> {
     coming: Option<Running>,
     start_at: Option<Instant>,
     patience: Patience,
+    /// Whether it was said that the kernel does not read stored files by itself.
+    has_refused: bool,
     starts: u64,
     /// Signals to end that wait until the server has said what it opened before them, and those that were acted on.
     asked: u32,
@@ -260,11 +265,20 @@ impl Keeper<'_> {
                     coming.failed = Some(why);
                 }
             }
-            ToKeeper::Opened { handle, ino, pid } => {
-                self.open.insert(handle, Open { ino, pid, _lock: fd });
+            ToKeeper::Opened { handle, ino, pid, backing } => {
+                let before = self.open.insert(handle, Open { ino, pid, backing, _lock: fd });
+                self.let_go(before);
+            }
+            ToKeeper::Back { handle } => {
+                let backing = fd.and_then(|fd| self.back(handle, fd.as_fd()));
+                // What a server that is dead by now has asked for is told to the next one with the handle.
+                if let Some(serving) = self.serving.as_ref().filter(|s| s.number == number) {
+                    serving.link.tell(&ToServer::Backed { handle, backing }, None);
+                }
             }
             ToKeeper::Closed { handle } => {
-                self.open.remove(&handle);
+                let before = self.open.remove(&handle);
+                self.let_go(before);
                 if self.asked_to_end > 0 && self.open.is_empty() {
                     self.detach();
                 }
@@ -274,6 +288,39 @@ impl Keeper<'_> {
             ToKeeper::Answer { answer } => return self.take_answer(number, &answer),
         }
         Ok(false)
+    }
+
+    /// Has the kernel read a file by itself, for a handle that is open. The kernel knows a node's file by one number for all handles,
+    /// which nobody but this process opens and closes: servers may die at any moment.
+    fn back(&mut self, handle: u64, file: BorrowedFd<'_>) -> Option<u32> {
+        let ino = self.open.get(&handle)?.ino;
+        let known = self.open.values().filter(|open| open.ino == ino).find_map(|open| open.backing);
+        let backing = match known {
+            Some(known) => known,
+            None => match self.device.as_ref()?.open_backing(file) {
+                Ok(fresh) => fresh,
+                Err(error) => {
+                    if !std::mem::replace(&mut self.has_refused, true) {
+                        let place = self.kept.place.path().display();
+                        tracing::warn!("no passthrough at {place}: {}", why_no_passthrough(&error));
+                    }
+                    return None;
+                }
+            },
+        };
+        self.open.get_mut(&handle)?.backing = Some(backing);
+        Some(backing)
+    }
+
+    /// Has the kernel forget a file when the last handle on it is closed: it would hold the file's room.
+    fn let_go(&self, closed: Option<Open>) {
+        let Some(backing) = closed.and_then(|open| open.backing) else { return };
+        if self.open.values().any(|open| open.backing == Some(backing)) {
+            return;
+        }
+        if let Some(Err(error)) = self.device.as_ref().map(|d| d.close_backing(backing)) {
+            tracing::error!("the kernel keeps a file that is closed until the mount ends: {error}");
+        }
     }
 
     /// The server serves: the kernel gets its answer, or is told to hand out again what the last one had.
@@ -329,7 +376,8 @@ impl Keeper<'_> {
         let link = &server.link;
         link.tell(&ToServer::Greeting { request: device.greeting().to_vec() }, Some(queue.as_fd()));
         for (&handle, open) in &self.open {
-            link.tell(&ToServer::Handle { handle, ino: open.ino, pid: open.pid }, None);
+            let Open { ino, pid, backing, .. } = *open;
+            link.tell(&ToServer::Handle { handle, ino, pid, backing }, None);
         }
         link.tell(&ToServer::Go, None);
         if self.kept.resend && device.can_resend() {
@@ -441,6 +489,20 @@ impl Keeper<'_> {
             tracing::error!("cannot unmount: {error}");
         }
     }
+}
+
+/// For the log: what is done instead, and why.
+fn why_no_passthrough(error: &io::Error) -> String {
+    use rustix::io::Errno;
+    let way_out = match Errno::from_io_error(error) {
+        Some(Errno::PERM) => ": only root may ask for it (CAP_SYS_ADMIN)",
+        Some(Errno::LOOP) => ": the store lies on a file system that lies on another, as overlayfs does",
+        Some(Errno::NOTTY | Errno::OPNOTSUPP | Errno::INVAL) => {
+            ": the kernel has it from Linux 6.9 on, where it is built with CONFIG_FUSE_PASSTHROUGH"
+        }
+        _ => "",
+    };
+    format!("stored files are read through the server, every byte checked ({error}{way_out})")
 }
 
 fn describe(status: ExitStatus, failed: Option<&str>) -> String {

@@ -31,14 +31,17 @@ pub fn serve_kept(
     let server = Server::take_over(tree, keeper.clone(), allow_other, threads)?;
     let orphan = Arc::new(AtomicBool::new(false));
     {
-        let (orphan, place) = (orphan.clone(), mount_point.to_path_buf());
+        let (orphan, files, place) = (orphan.clone(), server.open_files(), mount_point.to_path_buf());
         std::thread::Builder::new().name("keeper".into()).spawn(move || {
             // Until its end.
             while let Ok(Some((message, _))) = keeper.receive::<ToServer>() {
-                if message == ToServer::Ping {
-                    keeper.tell(&ToKeeper::Pong, None);
+                match message {
+                    ToServer::Ping => keeper.tell(&ToKeeper::Pong, None),
+                    ToServer::Backed { handle, backing } => files.backed(handle, backing),
+                    _ => {}
                 }
             }
+            files.keeper_is_gone();
             orphan.store(true, Ordering::Relaxed);
             tracing::error!(
                 "the keeper of the mount at {} is gone: pid {} goes on serving, and no other follows it; mount again when nothing uses it",

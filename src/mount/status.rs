@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use knib_fuse::{CacheStats, File, FsResult, Problem};
@@ -14,6 +14,8 @@ use parking_lot::Mutex;
 #[derive(Debug, Default)]
 pub struct Counters {
     open: AtomicU64,
+    /// Of these, those that the kernel reads by itself.
+    passed: AtomicU64,
     reads: AtomicU64,
     bytes: AtomicU64,
     errors: AtomicU64,
@@ -41,6 +43,7 @@ pub struct Counted<F> {
     file: F,
     /// Its path in the mount.
     name: String,
+    passed: AtomicBool,
     counters: Arc<Counters>,
 }
 
@@ -48,13 +51,16 @@ impl<F: File> Counted<F> {
     /// `name` is its path in the mount.
     pub fn new(file: F, name: String, counters: &Arc<Counters>) -> Self {
         counters.open.fetch_add(1, Ordering::Relaxed);
-        Self { file, name, counters: counters.clone() }
+        Self { file, name, passed: AtomicBool::new(false), counters: counters.clone() }
     }
 }
 
 impl<F> Drop for Counted<F> {
     fn drop(&mut self) {
         self.counters.open.fetch_sub(1, Ordering::Relaxed);
+        if *self.passed.get_mut() {
+            self.counters.passed.fetch_sub(1, Ordering::Relaxed);
+        }
     }
 }
 
@@ -80,6 +86,17 @@ impl<F: File> File for Counted<F> {
 
     fn lock(&self) -> Option<BorrowedFd<'_>> {
         self.file.lock()
+    }
+
+    fn backing(&self) -> Option<BorrowedFd<'_>> {
+        self.file.backing()
+    }
+
+    fn passed_through(&self) {
+        if !self.passed.swap(true, Ordering::Relaxed) {
+            self.counters.passed.fetch_add(1, Ordering::Relaxed);
+        }
+        self.file.passed_through();
     }
 
     fn waits(&self) -> bool {
@@ -135,6 +152,12 @@ pub fn text(counters: &Counters, cache: CacheStats, server: &ServerInfo, damage:
         &one(server.restarts),
     );
     line("open_files", "gauge", "Disks and stored files that are open.", &one(count(&counters.open)));
+    line(
+        "passed_through_files",
+        "gauge",
+        "Of the open files, those that the kernel reads by itself: unchecked, and not counted below.",
+        &one(count(&counters.passed)),
+    );
     line("reads_total", "counter", "Reads of disks and stored files.", &one(count(&counters.reads)));
     line("read_bytes_total", "counter", "Bytes of these.", &one(count(&counters.bytes)));
     line("read_errors_total", "counter", "Reads that were answered with EIO.", &one(count(&counters.errors)));

@@ -38,6 +38,8 @@ pub struct TreeConfig {
     pub mounted_at: String,
     /// Servers that the mount had before.
     pub restarts: u64,
+    /// Whether the kernel may read stored files by itself, unchecked.
+    pub passthrough: bool,
 }
 
 /// A store as a tree.
@@ -448,6 +450,7 @@ impl Tree for StoreTree {
                     }
                     self.reader.file(&manifest, &disk, lease.clone())
                 })?;
+                let file = file.with_passthrough(self.config.passthrough);
                 Ok(Arc::new(Counted::new(file, path_of(&of, &disk_file(&disk)), &self.counters)))
             }
             Node::Small { of, path, hash } => Ok(Arc::new(Text::lasting(self.small(&of, &path, hash)?))),
@@ -461,6 +464,10 @@ impl Tree for StoreTree {
             Node::Status => Ok(Arc::new(Text::of_the_moment(self.status().into_bytes()))),
             _ => Err(FsError::new(Problem::IsAFolder, "not a file")),
         }
+    }
+
+    fn has_backings(&self) -> bool {
+        self.config.passthrough
     }
 
     fn statfs(&self) -> FsResult<Statfs> {
