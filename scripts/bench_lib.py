@@ -81,12 +81,12 @@ class Knibfs:
         self.forget(name)
 
     @contextlib.contextmanager
-    def served(self, image):
+    def served(self, image, *options):
         """The raw view of a stored image, and the number of the process that serves it."""
         store, backup = image.parents[3], image.parent
         mount = self.work / "mnt"
         mount.mkdir(exist_ok=True)
-        self(store, "mount", mount)
+        self(store, "mount", *options, mount)
         try:
             yield mount / "vms" / "bench" / backup.name / "root.raw", served_by(mount)
         finally:

@@ -167,6 +167,7 @@ class Mount:
         self.beside_the_peer("zstd")
         self.second_read()
         self.copy_out()
+        self.passed_through()
         self.beside_the_peer("plain")
         self.beside_the_peer("holes", caches=("warm",))
         self.boot()
@@ -254,6 +255,30 @@ class Mount:
             compare(out, "raw", self.disk)
         out.unlink()
         self.row(name, "s", ours, theirs, "of the time")
+
+    def passed_through(self):
+        share = 8 if self.quick else 1
+        image = None
+        for job, queue, direct, unit in (
+            ("sequential 1 MiB, warm", 1, 0, "MiB/s"),
+            ("random 4 KiB direct, queue 1", 1, 1, "IOPS"),
+            ("random 4 KiB direct, queue 32", 32, 1, "IOPS"),
+        ):
+            name = f"stored file, passthrough: {job} (peer: the same file in the store)"
+            if not self.wants(name):
+                continue
+            image = image or self.image("plain")
+            whole = [(0, image.stat().st_size)]
+            pieces = scattered(whole, (16000 if queue == 1 else 96000) // share) if direct else sequential(whole, 1536 * MIB // share)
+            reads, ours, theirs = Reads(list(pieces), queue, direct, unit), [], []
+            for turn in range(self.runs):
+                say(f"{name}: run {turn + 1} of {self.runs}")
+                drop_caches()
+                read_through(image)
+                with self.served(image, "--passthrough") as view:
+                    ours.append(fio(view.parent / image.name, reads, self.work))
+                theirs.append(fio(image, reads, self.work))
+            self.row(name, unit, ours, theirs)
 
     def boot(self):
         name = "replay of a recorded boot, cold, compressed"

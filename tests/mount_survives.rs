@@ -6,67 +6,19 @@ mod common;
 mod mounted_store;
 
 use std::fs::{self, File};
-use std::io::Write as _;
-use std::os::unix::fs::{FileExt as _, OpenOptionsExt as _, PermissionsExt as _};
+use std::os::unix::fs::{FileExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command};
+use std::process::Command;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use common::guest::{Disk, Guest, uri};
+use common::kept::{Mount, Stop, install, installed};
 use common::lab::{Lab, tool};
 use common::server;
 use mounted_store::{CLUSTER, Fixture, Layer, Shape};
 use rustix::process::Signal;
 
 const KILLS: usize = 100;
-
-/// A mount whose keeper is a child of the test.
-struct Mount {
-    keeper: Child,
-    at: PathBuf,
-    log: PathBuf,
-}
-
-impl Mount {
-    fn new(mut command: Command, at: &Path, options: &[&str]) -> Self {
-        let log = at.with_extension("log");
-        command.args(["mount", "-f"]).args(options).arg(at).stderr(File::create(&log).unwrap());
-        let mut mount = Self { keeper: command.spawn().unwrap(), at: at.into(), log };
-        while !at.join("vms").exists() {
-            assert!(mount.keeper.try_wait().unwrap().is_none(), "the mount ended: {}", mount.said());
-            std::thread::yield_now();
-        }
-        mount
-    }
-
-    fn said(&self) -> String {
-        fs::read_to_string(&self.log).unwrap()
-    }
-
-    fn replace(&self) {
-        server::signal(self.keeper.id(), Signal::USR1);
-    }
-}
-
-impl Drop for Mount {
-    fn drop(&mut self) {
-        let _ = Command::new("umount").arg("-l").arg(&self.at).stderr(std::process::Stdio::null()).status();
-        let _ = self.keeper.kill();
-        let _ = self.keeper.wait();
-        if let Some(left) = server::serving(&self.at) {
-            server::kill(left);
-        }
-    }
-}
-
-/// Tells the readers to stop, also when the test fails.
-struct Stop<'a>(&'a AtomicBool);
-
-impl Drop for Stop<'_> {
-    fn drop(&mut self) {
-        self.0.store(true, Ordering::Relaxed);
-    }
-}
 
 fn fio(file: &Path, more: &[&str]) -> Result<(), String> {
     let mut run = Command::new("fio");
@@ -249,24 +201,6 @@ fn where_requests_cannot_be_resent_readers_get_an_error_once_and_read_on() {
     assert!(errors.load(Ordering::Relaxed) > 0, "no request was ever lost: this kernel resends by itself?");
 }
 
-/// The program in a folder of its own, where it can be replaced.
-fn installed(f: &Fixture) -> PathBuf {
-    let program = f.dir.path().join("installed");
-    fs::copy(env!("CARGO_BIN_EXE_knibfs"), &program).unwrap();
-    program
-}
-
-/// As a package manager does it: beside, and then renamed.
-fn install(program: &Path, text: Option<&str>) {
-    let beside = program.with_extension("new");
-    match text {
-        Some(text) => File::create(&beside).unwrap().write_all(text.as_bytes()).unwrap(),
-        None => drop(fs::copy(env!("CARGO_BIN_EXE_knibfs"), &beside).unwrap()),
-    }
-    fs::set_permissions(&beside, fs::Permissions::from_mode(0o755)).unwrap();
-    fs::rename(&beside, program).unwrap();
-}
-
 fn mounted_by(f: &Fixture, program: &Path) -> Mount {
     let mut command = Command::new(program);
     command.env("KNIBFS_STORE", f.store.root()).env("KNIBFS_STATE_DIR", f.dir.path());
@@ -276,7 +210,7 @@ fn mounted_by(f: &Fixture, program: &Path) -> Mount {
 #[test]
 fn a_new_version_takes_over_on_sigusr1_and_one_that_cannot_start_changes_nothing() {
     let f = fixture();
-    let program = installed(&f);
+    let program = installed(f.dir.path());
     let mount = mounted_by(&f, &program);
     let open = File::open(f.in_mount(0, "root.raw")).unwrap();
     let status = File::open(mount.at.join(".knibfs/status")).unwrap();
@@ -303,7 +237,7 @@ fn a_new_version_takes_over_on_sigusr1_and_one_that_cannot_start_changes_nothing
 #[test]
 fn servers_that_die_at_once_are_given_up_with_a_sentence() {
     let f = fixture();
-    let program = installed(&f);
+    let program = installed(f.dir.path());
     let mut mount = mounted_by(&f, &program);
     let serving = server::pid(&mount.at);
     install(&program, Some("#!/bin/sh\nexit 7\n"));

@@ -54,12 +54,7 @@ struct Keeper {
 
 impl Keeper {
     /// Asks it to have the kernel read a file by itself. It holds what the kernel then knows the file by: that outlives this server.
-    fn ask(
-        &self,
-        answers: &Receiver<(u64, Option<u32>)>,
-        handle: u64,
-        file: BorrowedFd<'_>,
-    ) -> Option<u32> {
+    fn ask(&self, answers: &Receiver<(u64, Option<u32>)>, handle: u64, file: BorrowedFd<'_>) -> Option<u32> {
         self.link.tell(&ToKeeper::Back { handle }, Some(file));
         answers.iter().find(|(of, _)| *of == handle)?.1
     }

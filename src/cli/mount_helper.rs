@@ -109,15 +109,22 @@ mod tests {
         let line = said(
             "/sbin/mount.fuse.knibfs /store /mnt -sv -t fuse.knibfs -o rw,nofail,x-systemd.automount,allow_other,cache_size=1G,uid=5,passthrough",
         );
-        let wanted = "knibfs --store /store mount --allow-other --cache-size=1G --uid=5 --passthrough -- /mnt";
+        let wanted =
+            "knibfs --store /store mount --allow-other --cache-size=1G --uid=5 --passthrough -- /mnt";
         assert_eq!(line.unwrap().unwrap().join(" "), wanted);
     }
 
     #[test]
     fn what_is_not_known_is_refused() {
-        for words in
-            ["/store", "/s /m /x", "/s /m -o", "/s /m -o nonsense", "/s /m -o serve-for-parent=1", "/s /m -o passthrough=1", "/s /m -q"]
-        {
+        for words in [
+            "/store",
+            "/s /m /x",
+            "/s /m -o",
+            "/s /m -o nonsense",
+            "/s /m -o serve-for-parent=1",
+            "/s /m -o passthrough=1",
+            "/s /m -q",
+        ] {
             let refusal = said(&format!("mount.fuse.knibfs {words}")).unwrap().unwrap_err();
             assert!(!refusal.is_empty(), "{words}");
         }

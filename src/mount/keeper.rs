@@ -314,7 +314,7 @@ impl Keeper<'_> {
 
     /// Has the kernel forget a file when the last handle on it is closed: it would hold the file's room.
     fn let_go(&self, closed: Option<Open>) {
-        let Some(backing) = closed.and_then(|open| open.backing) else { return };
+        let Some(backing) = closed.as_ref().and_then(|open| open.backing) else { return };
         if self.open.values().any(|open| open.backing == Some(backing)) {
             return;
         }

@@ -8,6 +8,7 @@ pub mod disk_lab;
 pub mod failpoints;
 pub mod guest;
 pub mod guest_files;
+pub mod kept;
 pub mod killed;
 pub mod lab;
 pub mod own_libvirt;
