@@ -7,10 +7,9 @@ mod mounted_store;
 
 use std::ffi::CString;
 use std::fs::{self, File};
-use std::os::unix::fs::{FileExt as _, OpenOptionsExt as _, PermissionsExt as _, symlink};
-use std::os::unix::process::CommandExt as _;
+use std::os::unix::fs::{FileExt as _, OpenOptionsExt as _, symlink};
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Child, Command};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use common::kept::{Mount, Stop, install, installed};
@@ -137,7 +136,7 @@ fn a_flipped_byte_of_a_stored_file_is_an_error_unless_it_is_passed_through_and_o
 }
 
 /// What a mount does that asked for passthrough and does not get it. `run` reads a file of the mount, as who may.
-fn assert_checked(f: &Fixture, why: &str, run: impl Fn(&Path) -> Option<Vec<u8>>) {
+fn assert_checked(f: &Fixture, log: impl Fn() -> String, why: &str, run: impl Fn(&Path) -> Option<Vec<u8>>) {
     let path = f.in_mount(0, "root.qcow2");
     for _ in 0..2 {
         assert!(run(&path).unwrap() == fs::read(f.stored(0)).unwrap());
@@ -145,7 +144,7 @@ fn assert_checked(f: &Fixture, why: &str, run: impl Fn(&Path) -> Option<Vec<u8>>
     let status = String::from_utf8(run(&f.mnt().join(".knibfs/status")).unwrap()).unwrap();
     assert!(status.contains("knibfs_mount_passed_through_files 0\n"), "{status}");
     assert!(!status.contains("knibfs_mount_reads_total 0\n"), "{status}");
-    let log = f.log();
+    let log = log();
     let said: Vec<_> = log.lines().filter(|line| line.contains("no passthrough")).collect();
     assert!(said.len() == 1 && said[0].contains("every byte checked") && said[0].contains(why), "{log}");
     // Of the other backup: no page of its file was read before.
@@ -153,24 +152,58 @@ fn assert_checked(f: &Fixture, why: &str, run: impl Fn(&Path) -> Option<Vec<u8>>
     assert!(run(&f.in_mount(1, "root.qcow2")).is_none(), "damage is found");
 }
 
+/// The keeper of a mount in a mount namespace of its own, and its server.
+struct Apart(Child, PathBuf);
+
+impl Drop for Apart {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+        if let Some(left) = server::serving(&self.1) {
+            server::kill(left);
+        }
+    }
+}
+
 /// A user's mount: the kernel lets root only pass files through.
 #[test]
 fn without_the_privilege_stored_files_are_read_through_the_server_and_the_log_says_why() {
-    const USER: &str = "65534";
     let f = chain();
     // Where a user can start it, and not in a folder that he may not enter.
     let program = installed(f.dir.path());
     tool("chown", &["-R", "65534:65534", f.dir.path().to_str().unwrap()]);
-    let mut mount = Command::new("setpriv");
-    mount.args(["--reuid", USER, "--regid", USER, "--clear-groups"]).arg(program);
-    mount.args(["mount", "--passthrough", "--log-dir"]).args([&f.dir.path().join("log"), &f.mnt()]);
+    // Not every machine lets users open /dev/fuse.
+    let script = "mknod -m 666 device c 10 229 && mount --bind device /dev/fuse && \
+                  exec setpriv --reuid 65534 --regid 65534 --clear-groups \"$0\" mount -f --passthrough \"$1\"";
+    let log = f.dir.path().join("log");
+    let mut mount = Command::new("unshare");
+    mount.args(["--mount", "--propagation", "private", "sh", "-ec", script]).args([&program, &f.mnt()]);
     mount.env("KNIBFS_STORE", f.store.root()).env("KNIBFS_STATE_DIR", f.dir.path());
-    let output = mount.output().unwrap();
-    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-    assert_checked(&f, "only root", |path| {
-        let output = Command::new("cat").arg(path).uid(65534).gid(65534).output().unwrap();
+    mount.current_dir(f.dir.path()).stderr(File::create(&log).unwrap());
+    let mut mount = Apart(mount.spawn().unwrap(), f.mnt());
+    let log = || fs::read_to_string(&log).unwrap();
+    let inside = format!("--mount=/proc/{}/ns/mnt", mount.0.id());
+    let cat = |path: &Path| {
+        let mut cat = Command::new("nsenter");
+        cat.args([
+            inside.as_str(),
+            "setpriv",
+            "--reuid",
+            "65534",
+            "--regid",
+            "65534",
+            "--clear-groups",
+            "cat",
+        ]);
+        let output = cat.arg(path).output().unwrap();
         output.status.success().then_some(output.stdout)
-    });
+    };
+    while cat(&f.mnt().join(".knibfs/status")).is_none() {
+        assert!(mount.0.try_wait().unwrap().is_none(), "the mount ended: {}", log());
+    }
+    assert_checked(&f, log, "only root", cat);
+    server::signal(mount.0.id(), Signal::TERM);
+    assert!(mount.0.wait().unwrap().success(), "{}", log());
 }
 
 /// Takes a mount of the test away.
@@ -195,7 +228,7 @@ fn of_a_store_on_overlayfs_stored_files_are_read_through_the_server_and_the_log_
     rustix::mount::mount("knibfs-test", store, "overlay", none, options.as_c_str()).unwrap();
     let _over = Mounted(store.into());
     let _mount = f.mount(&["--passthrough"]);
-    assert_checked(&f, "overlayfs", |path| fs::read(path).ok());
+    assert_checked(&f, || f.log(), "overlayfs", |path| fs::read(path).ok());
     f.unmount();
 }
 
