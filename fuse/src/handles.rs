@@ -54,8 +54,15 @@ struct Keeper {
 
 impl Keeper {
     /// Asks it to have the kernel read a file by itself. It holds what the kernel then knows the file by: that outlives this server.
-    fn ask(&self, answers: &Receiver<(u64, Option<u32>)>, handle: u64, file: BorrowedFd<'_>) -> Option<u32> {
-        self.link.tell(&ToKeeper::Back { handle }, Some(file));
+    fn ask(
+        &self,
+        answers: &Receiver<(u64, Option<u32>)>,
+        handle: u64,
+        holder: Holder,
+        file: BorrowedFd<'_>,
+    ) -> Option<u32> {
+        let Holder { pid, ino } = holder;
+        self.link.tell(&ToKeeper::Back { handle, ino: ino.0, pid }, Some(file));
         answers.iter().find(|(of, _)| *of == handle)?.1
     }
 }
@@ -99,18 +106,10 @@ impl OpenFiles {
 
     /// Adds an opened file. The keeper knows it before the kernel does: what was opened outlives this server.
     pub(crate) fn add(&self, handle: u64, file: Arc<dyn File>, holder: Holder, backing: Option<u32>) {
-        self.tell_of(handle, &*file, holder, backing);
-        self.note(handle, file, holder, backing);
-    }
-
-    fn tell_of(&self, handle: u64, file: &dyn File, holder: Holder, backing: Option<u32>) {
         if let Some(keeper) = &self.keeper {
             let opened = ToKeeper::Opened { handle, ino: holder.ino.0, pid: holder.pid, backing };
             keeper.link.tell(&opened, file.lock());
         }
-    }
-
-    fn note(&self, handle: u64, file: Arc<dyn File>, holder: Holder, backing: Option<u32>) {
         if backing.is_some() {
             file.passed_through();
         }
@@ -130,14 +129,13 @@ impl OpenFiles {
         let answers = keeper.answers.lock();
         let others = self.backings_of(holder.ino, handle);
         let passed = others.iter().find_map(|backing| *backing);
-        self.tell_of(handle, &*file, holder, None);
         let backing = if others.is_empty() || passed.is_some() {
             // Asked also where others have it open, which may be closed meanwhile. Without a keeper none is closed any more.
-            keeper.ask(&answers, handle, from).or(passed)
+            keeper.ask(&answers, handle, holder, from).or(passed)
         } else {
             None
         };
-        self.note(handle, file, holder, backing);
+        self.add(handle, file, holder, backing);
         backing
     }
 
@@ -295,7 +293,7 @@ mod tests {
         let mut said = vec![vec![]];
         for answer in answers {
             while let Some((message, fd)) = link.receive().unwrap() {
-                if let ToKeeper::Back { handle } = message {
+                if let ToKeeper::Back { handle, .. } = message {
                     assert!(fd.is_some());
                     files.backed(handle, *answer);
                     said.push(vec![]);
@@ -329,8 +327,8 @@ mod tests {
             files.miss(12, holder(10), Some(7));
             assert_eq!(files.open(12, on_disk(), holder(10)), Some(7));
             let said = keeper.join().unwrap();
-            let opened = ToKeeper::Opened { handle: 1, ino: 7, pid: 3, backing: None };
-            assert_eq!(said[0], [opened], "the handle is known before what the kernel reads");
+            let opened = |handle| ToKeeper::Opened { handle, ino: 7, pid: 3, backing: Some(9) };
+            assert_eq!((&said[1], &said[2][..1]), (&vec![opened(1)], &[opened(2)][..]));
         });
         // Without a keeper: as those who have it open, else checked.
         assert_eq!(files.open(6, on_disk(), holder(7)), Some(9));

@@ -86,11 +86,15 @@ pub enum ToKeeper {
         #[serde(default, skip_serializing_if = "Option::is_none")]
         backing: Option<u32>,
     },
-    /// The kernel shall read the file of this open handle by itself. With the descriptor to read from. Only servers that were
-    /// told to do so say this, and only keepers that know it tell them.
+    /// The kernel shall read a file that is being opened by itself. With the descriptor to read from. [`ToKeeper::Opened`] follows the
+    /// answer. Only servers that were told to do so say this, and only keepers that know it tell them.
     Back {
-        /// The handle.
+        /// Its number.
         handle: u64,
+        /// Its node.
+        ino: u64,
+        /// Who opens it.
+        pid: u32,
     },
     /// It is closed.
     Closed {

@@ -269,8 +269,12 @@ impl Keeper<'_> {
                 let before = self.open.insert(handle, Open { ino, pid, backing, _lock: fd });
                 self.let_go(before);
             }
-            ToKeeper::Back { handle } => {
-                let backing = fd.and_then(|fd| self.back(handle, fd.as_fd()));
+            ToKeeper::Back { handle, ino, pid } => {
+                let backing = fd.and_then(|fd| self.back(ino, fd.as_fd()));
+                if backing.is_some() {
+                    let fresh = Open { ino, pid, backing, _lock: None };
+                    self.open.entry(handle).or_insert(fresh).backing = backing;
+                }
                 // What a server that is dead by now has asked for is told to the next one with the handle.
                 if let Some(serving) = self.serving.as_ref().filter(|s| s.number == number) {
                     serving.link.tell(&ToServer::Backed { handle, backing }, None);
@@ -290,26 +294,23 @@ impl Keeper<'_> {
         Ok(false)
     }
 
-    /// Has the kernel read a file by itself, for a handle that is open. The kernel knows a node's file by one number for all handles,
-    /// which nobody but this process opens and closes: servers may die at any moment.
-    fn back(&mut self, handle: u64, file: BorrowedFd<'_>) -> Option<u32> {
-        let ino = self.open.get(&handle)?.ino;
+    /// Has the kernel read the file of a node by itself. It knows it by one number for all handles, which nobody but this process
+    /// asks for and gives back: servers may die at any moment.
+    fn back(&mut self, ino: u64, file: BorrowedFd<'_>) -> Option<u32> {
         let known = self.open.values().filter(|open| open.ino == ino).find_map(|open| open.backing);
-        let backing = match known {
-            Some(known) => known,
-            None => match self.device.as_ref()?.open_backing(file) {
-                Ok(fresh) => fresh,
-                Err(error) => {
-                    if !std::mem::replace(&mut self.has_refused, true) {
-                        let place = self.kept.place.path().display();
-                        tracing::warn!("no passthrough at {place}: {}", why_no_passthrough(&error));
-                    }
-                    return None;
+        if known.is_some() {
+            return known;
+        }
+        match self.device.as_ref()?.open_backing(file) {
+            Ok(fresh) => Some(fresh),
+            Err(error) => {
+                if !std::mem::replace(&mut self.has_refused, true) {
+                    let place = self.kept.place.path().display();
+                    tracing::warn!("no passthrough at {place}: {}", why_no_passthrough(&error));
                 }
-            },
-        };
-        self.open.get_mut(&handle)?.backing = Some(backing);
-        Some(backing)
+                None
+            }
+        }
     }
 
     /// Has the kernel forget a file when the last handle on it is closed: it would hold the file's room.
@@ -323,7 +324,7 @@ impl Keeper<'_> {
         }
     }
 
-    /// The server serves: the kernel gets its answer, or is told to hand out again what the last one had.
+    /// The server serves: the kernel gets its answer, if it has none yet.
     fn take_answer(&mut self, number: u64, answer: &[u8]) -> anyhow::Result<bool> {
         let Some(serving) = self.serving.as_mut().filter(|s| s.number == number) else { return Ok(false) };
         serving.since = Some(Instant::now());
@@ -334,17 +335,6 @@ impl Keeper<'_> {
                 return Ok(false);
             }
             return Err(error).with_context(|| format!("the kernel refuses the mount at {place}"));
-        }
-        if !self.unanswered.is_empty() {
-            match device.resend() {
-                Ok(()) => {}
-                Err(_) if device.has_ended() => {}
-                Err(error) => {
-                    tracing::error!("the kernel does not hand out again what was read at {place}: {error}");
-                }
-            }
-            // Closing a queue fails what is left in it.
-            self.unanswered.clear();
         }
         Ok(true)
     }
@@ -372,6 +362,20 @@ impl Keeper<'_> {
             Err(_) if device.has_ended() => return Ok(()),
             Err(error) => return Err(error).context("cannot make a queue of the mount"),
         };
+        if !self.unanswered.is_empty() {
+            // Before the next one takes anything. What it has taken would be handed out to it again as well, and who had opened a
+            // file could have closed it before the second answer makes it open for ever.
+            match device.resend() {
+                Ok(()) => {}
+                Err(_) if device.has_ended() => {}
+                Err(error) => {
+                    let place = self.kept.place.path().display();
+                    tracing::error!("the kernel does not hand out again what was read at {place}: {error}");
+                }
+            }
+            // Closing a queue fails what is left in it.
+            self.unanswered.clear();
+        }
         // A server that died meanwhile is seen by its reader.
         let link = &server.link;
         link.tell(&ToServer::Greeting { request: device.greeting().to_vec() }, Some(queue.as_fd()));
