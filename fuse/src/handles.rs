@@ -43,20 +43,23 @@ struct Missing {
     backing: Option<u32>,
 }
 
+/// What the kernel reads in place of a handle's file.
+type Answer = (u64, Option<u32>);
+
 /// Who holds the mount, as a server sees it.
 struct Keeper {
     link: Arc<Link>,
     /// Held from the decision how the kernel reads a file until that is noted.
-    answers: Mutex<Receiver<(u64, Option<u32>)>>,
+    answers: Mutex<Receiver<Answer>>,
     /// None when the keeper is gone.
-    ear: Mutex<Option<Sender<(u64, Option<u32>)>>>,
+    ear: Mutex<Option<Sender<Answer>>>,
 }
 
 impl Keeper {
     /// Asks it to have the kernel read a file by itself. It holds what the kernel then knows the file by: that outlives this server.
     fn ask(
         &self,
-        answers: &Receiver<(u64, Option<u32>)>,
+        answers: &Receiver<Answer>,
         handle: u64,
         holder: Holder,
         file: BorrowedFd<'_>,

@@ -187,9 +187,8 @@ impl Link {
                     bytes.truncate(found.bytes);
                     return Ok((bytes, fd));
                 }
-                Err(Errno::INTR) => {}
-                // It died with something unread.
-                Err(Errno::CONNRESET) => return Ok((Vec::new(), None)),
+                // The other end died with something unread: that is said once, and what it had sent comes all the same.
+                Err(Errno::INTR | Errno::CONNRESET) => {}
                 Err(error) => return Err(error.into()),
             }
         }
@@ -220,6 +219,17 @@ mod tests {
         assert_eq!(seen, "x");
         let (message, fd) = other.receive::<ToKeeper>().unwrap().unwrap();
         assert_eq!((message, fd.is_none()), (ToKeeper::Closed { handle: 1 }, true));
+        assert!(other.receive::<ToKeeper>().unwrap().is_none());
+    }
+
+    #[test]
+    fn what_was_sent_arrives_also_when_its_sender_dies_with_something_unread() {
+        let (one, other) = Link::pair().unwrap();
+        other.send(&ToServer::Ping, None).unwrap();
+        one.send(&ToKeeper::Closed { handle: 1 }, None).unwrap();
+        drop(one);
+        let (message, _) = other.receive::<ToKeeper>().unwrap().unwrap();
+        assert_eq!(message, ToKeeper::Closed { handle: 1 });
         assert!(other.receive::<ToKeeper>().unwrap().is_none());
     }
 
