@@ -273,7 +273,7 @@ fn what_is_passed_through_reads_on_without_a_server_and_the_next_ones_know_it() 
     let mount = Mount::new(command, &mnt, &["--passthrough"]);
     let path = mnt.join("vms").join(&backup).join("root.qcow2");
     let first = direct(&path);
-    let half = stored.len() / 2 & !4095;
+    let half = (stored.len() / 2) & !4095;
     assert!(pages(&first, 0, half).unwrap() == stored[..half]);
 
     // The next server waits until it is told to begin.
