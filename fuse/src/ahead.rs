@@ -108,3 +108,58 @@ fn decode(source: &dyn BlockSource, cache: &BlockCache, from: u64, to: u64) {
         at = span.end().max(at.saturating_add(1));
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{BlockFile, BlockKey, File as _, FsResult, Span};
+
+    /// Nothing but blocks; counts those that it decodes.
+    #[derive(Default)]
+    struct Blocks(AtomicUsize);
+
+    const BLOCK: u64 = 65536;
+    const COUNT: u64 = 256;
+
+    impl BlockSource for Blocks {
+        fn len(&self) -> u64 {
+            COUNT * BLOCK
+        }
+
+        fn span(&self, offset: u64) -> FsResult<Span> {
+            let block = offset / BLOCK;
+            let kind = SpanKind::Block(BlockKey { image: 1, block });
+            Ok(Span { start: block * BLOCK, len: BLOCK, kind })
+        }
+
+        fn read_direct(&self, _: u64, _: &mut [u8]) -> FsResult<()> {
+            Ok(())
+        }
+
+        fn read_block(&self, _: u64, _: BlockKey, _: &mut [u8]) -> FsResult<()> {
+            self.0.fetch_add(1, Ordering::Relaxed);
+            Ok(())
+        }
+    }
+
+    /// Blocks that are decoded when eight are read one after the other while others read, too.
+    fn decoded(others: usize) -> usize {
+        let (source, ahead) = (Arc::new(Blocks::default()), ReadAhead::start());
+        let others: Vec<_> = (0..others).map(|_| ahead.reader()).collect();
+        let file = BlockFile::new(source.clone(), BlockCache::new(64 << 20), ahead.clone());
+        for block in 0..8 {
+            assert!(file.read(block * BLOCK, &mut [0; BLOCK as usize]).is_ok());
+        }
+        drop((others, file));
+        // Ends when its workers have done what they took on.
+        drop(Arc::into_inner(ahead));
+        source.0.load(Ordering::Relaxed)
+    }
+
+    #[test]
+    fn nothing_is_decoded_ahead_when_every_core_has_a_reader() {
+        let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+        assert_eq!(decoded(cores - 1), 8, "with the one that is counted");
+        assert!(cores == 1 || decoded(0) > 8, "a core is free");
+    }
+}

@@ -4,6 +4,7 @@ use std::os::fd::BorrowedFd;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 
+use crate::cache::{Flight, Found};
 use crate::{BlockCache, BlockSource, File, FsError, FsResult, Plan, Problem, ReadAhead, Span, SpanKind};
 
 /// A file over a [`BlockSource`]: zeros and stored bytes go straight into the reader's buffer, decoded blocks through
@@ -63,30 +64,29 @@ impl BlockFile {
         plan.clone()
     }
 
-    fn fill(&self, at: u64, span: &Span, buf: &mut [u8]) -> FsResult<()> {
+    /// Fills `buf`, or says which block has to be waited for, and where in it the bytes begin.
+    fn fill(&self, at: u64, span: &Span, buf: &mut [u8]) -> FsResult<Option<(Arc<Flight>, usize)>> {
         match span.kind {
-            SpanKind::Zero => {
-                buf.fill(0);
-                Ok(())
-            }
-            SpanKind::Direct => self.source.read_direct(at, buf),
+            SpanKind::Zero => buf.fill(0),
+            SpanKind::Direct => self.source.read_direct(at, buf)?,
             SpanKind::Block(key) => {
                 let len = usize::try_from(span.len).map_err(|_| bad_span(at))?;
                 let from = usize::try_from(at - span.start).map_err(|_| bad_span(at))?;
                 let block = match self.cache.find(key) {
-                    Some(block) => block?,
+                    Some(Found::Held(block)) => block,
+                    Some(Found::Coming(flight)) => return Ok(Some((flight, from))),
                     // The first time only as much as is asked for is decoded, and nothing is kept. What another thread is
                     // to decode too goes through the cache, so that one of them does it.
-                    None if !self.is_to_be_decoded(span.start) && !self.cache.is_wanted(key) => {
-                        return self.source.read_part(span.start, key, len, from, buf);
+                    None if !self.is_to_be_decoded(span.start) && !self.cache.is_wanted(key, len) => {
+                        self.source.read_part(span.start, key, len, from, buf)?;
+                        return Ok(None);
                     }
                     None => self.cache.get(key, len, |out| self.source.read_block(span.start, key, out))?,
                 };
-                let bytes = block.get(from..from.saturating_add(buf.len())).ok_or_else(|| bad_span(at))?;
-                buf.copy_from_slice(bytes);
-                Ok(())
+                copy_part(&block, from, buf).ok_or_else(|| bad_span(at))?;
             }
         }
+        Ok(None)
     }
 
     /// Whether others are about to decode it, or reads of it were foreseen.
@@ -156,6 +156,8 @@ impl File for BlockFile {
         self.look_ahead(offset, buf.len());
         let mut at = offset;
         let mut rest = buf;
+        // Behind a block that another thread decodes may be some that nobody does yet.
+        let mut coming = Vec::new();
         while !rest.is_empty() {
             let span = self.source.span(at)?;
             let left = span.end().saturating_sub(at);
@@ -163,10 +165,15 @@ impl File for BlockFile {
                 return Err(bad_span(at));
             }
             let now = usize::try_from(left).unwrap_or(usize::MAX).min(rest.len());
-            let (part, later) = rest.split_at_mut(now);
-            self.fill(at, &span, part)?;
+            let (part, later) = std::mem::take(&mut rest).split_at_mut(now);
+            if let Some((flight, from)) = self.fill(at, &span, part)? {
+                coming.push((flight, from, part));
+            }
             at += now as u64;
             rest = later;
+        }
+        for (flight, from, part) in coming {
+            copy_part(&flight.wait()?, from, part).ok_or_else(|| bad_span(offset))?;
         }
         Ok(())
     }
@@ -192,6 +199,12 @@ impl File for BlockFile {
     fn next_hole(&self, offset: u64) -> FsResult<u64> {
         self.source.next_hole(offset)
     }
+}
+
+/// None where the block does not reach so far.
+fn copy_part(block: &[u8], from: usize, into: &mut [u8]) -> Option<()> {
+    into.copy_from_slice(block.get(from..from.saturating_add(into.len()))?);
+    Some(())
 }
 
 fn bad_span(at: u64) -> FsError {

@@ -51,9 +51,17 @@ enum Slot {
     Decoding(Arc<Flight>),
 }
 
+/// What a cache knows of a block.
+pub(crate) enum Found {
+    /// It is there.
+    Held(Arc<[u8]>),
+    /// Another thread decodes it.
+    Coming(Arc<Flight>),
+}
+
 /// A block being decoded.
 #[derive(Debug, Default)]
-struct Flight {
+pub(crate) struct Flight {
     landed: Mutex<Option<FsResult<Arc<[u8]>>>>,
     bell: Condvar,
 }
@@ -69,7 +77,7 @@ impl BlockCache {
         Arc::new(Self {
             shards: (0..count).map(|_| Mutex::default()).collect(),
             shard_limit: limit / count,
-            touched: Touched::new(),
+            touched: Touched::new(limit),
             hits: AtomicU64::new(0),
             misses: AtomicU64::new(0),
         })
@@ -94,25 +102,24 @@ impl BlockCache {
         self.shard(key).lock().slots.contains_key(&key)
     }
 
-    /// The block if it is held, or is being decoded: then once it is.
-    pub fn find(&self, key: BlockKey) -> Option<FsResult<Arc<[u8]>>> {
+    /// The block if it is held or being decoded.
+    pub(crate) fn find(&self, key: BlockKey) -> Option<Found> {
         let shard = self.shard(key).lock();
-        let flight = match shard.slots.get(&key)? {
+        let found = match shard.slots.get(&key)? {
             Slot::Ready { block, used } => {
                 used.store(true, Ordering::Relaxed);
-                self.hits.fetch_add(1, Ordering::Relaxed);
-                return Some(Ok(block.clone()));
+                Found::Held(block.clone())
             }
-            Slot::Decoding(flight) => flight.clone(),
+            Slot::Decoding(flight) => Found::Coming(flight.clone()),
         };
         drop(shard);
         self.hits.fetch_add(1, Ordering::Relaxed);
-        Some(flight.wait())
+        Some(found)
     }
 
-    /// Whether the block, which is not held, was asked for lately and so should be.
-    pub(crate) fn is_wanted(&self, key: BlockKey) -> bool {
-        let wanted = self.touched.again(key);
+    /// Whether the block of `len` bytes, which is not held, was asked for lately and so should be.
+    pub(crate) fn is_wanted(&self, key: BlockKey, len: usize) -> bool {
+        let wanted = self.touched.again(key, len);
         if !wanted {
             self.misses.fetch_add(1, Ordering::Relaxed);
         }
@@ -217,7 +224,8 @@ impl Shard {
 }
 
 impl Flight {
-    fn wait(&self) -> FsResult<Arc<[u8]>> {
+    /// Waits for the block.
+    pub fn wait(&self) -> FsResult<Arc<[u8]>> {
         let mut landed = self.landed.lock();
         loop {
             if let Some(result) = landed.as_ref() {

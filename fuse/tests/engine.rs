@@ -208,6 +208,33 @@ fn a_sequential_reader_finds_the_next_blocks_decoded() {
 }
 
 #[test]
+fn a_read_goes_on_behind_a_block_that_another_thread_decodes() {
+    let source = Arc::new(MemorySource::new(1, 65536, vec![Kind::Block; 64], 64 * 65536));
+    let (file, cache) = file(&source, 64 << 20);
+    let (begun, first) = (Barrier::new(2), BlockKey { image: 1, block: 8 });
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            let decoded = cache.get(first, 65536, |out| {
+                begun.wait();
+                // Ends only when the reader has decoded the second block.
+                let since = std::time::Instant::now();
+                while source.decoded.load(Ordering::SeqCst) == 0 {
+                    assert!(since.elapsed().as_secs() < 30, "the reader waits for this block first");
+                    std::thread::yield_now();
+                }
+                out.copy_from_slice(&source.content(8 * 65536, 65536));
+                Ok(())
+            });
+            assert!(decoded.is_ok());
+        });
+        begun.wait();
+        let mut both = vec![0; 2 * 65536];
+        file.read(8 * 65536, &mut both).unwrap();
+        assert!(both == source.content(8 * 65536, 2 * 65536));
+    });
+}
+
+#[test]
 fn reads_past_the_end_are_refused() {
     let source = Arc::new(MemorySource::new(1, 4096, vec![Kind::Direct; 2], 8000));
     let (file, _) = file(&source, 1 << 20);

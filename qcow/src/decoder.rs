@@ -34,6 +34,15 @@ impl<T> Pool<T> {
 static ZSTD: Pool<DCtx<'static>> = Pool::new();
 static INFLATE: Pool<Inflate> = Pool::new();
 
+/// zstd decodes no less than a block of its format, and these are 128 KiB, or end a frame. Bytes.
+const ZSTD_BLOCK: usize = 128 << 10;
+
+/// How long `out` should be in [`decompress_verified`] for the first `want` bytes of a cluster of `cluster` bytes. More than `want`
+/// where more is decoded anyhow: straight into a buffer for all of it takes less time.
+pub fn decoded_len(kind: CompressionType, cluster: usize, want: usize) -> usize {
+    if kind == CompressionType::Zstd && cluster <= ZSTD_BLOCK { cluster } else { want }
+}
+
 /// Decompresses the first `out.len()` bytes of a cluster of `cluster` bytes; what follows them in `input` may be anything.
 /// The error is the reason.
 pub fn decompress_verified(

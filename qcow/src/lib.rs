@@ -127,7 +127,7 @@ pub use codec::Compression;
 pub use commit::{commit, commit_layers};
 pub use compare::{Difference, compare};
 pub use create::{CreateOptions, create, create_with, set_backing, set_data_file};
-pub use decoder::decompress_verified;
+pub use decoder::{decoded_len, decompress_verified};
 pub use error::{Error, Result};
 pub use gate::{Gate, Implicit, LockedPaths, NoImplicit, PlainPaths};
 pub use header::{CompressionType, Format, Header};

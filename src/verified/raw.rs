@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use knib_fuse::{BlockKey, BlockSource, FsError, FsResult, Span, SpanKind, with_buffer};
-use knib_qcow::{CompressionType, decompress_verified};
+use knib_qcow::{CompressionType, decoded_len, decompress_verified};
 
 use super::around::is_anyone_waiting;
 use super::flat::{Cluster, FlatCache, FlatRegion, REGION_BITS};
@@ -227,12 +227,14 @@ impl BlockSource for VerifiedDisk {
             if !region.matches(at.index, 0, stored) {
                 return Err(self.not_as_written(image, offset, start));
             }
-            if from == 0 {
+            let end = from.saturating_add(buf.len());
+            let len = decoded_len(image.codec, self.cluster_size() as usize, end);
+            if (from, end) == (0, len) {
                 return decode(stored, buf);
             }
-            with_buffer(from.saturating_add(buf.len()), |out| {
+            with_buffer(len, |out| {
                 decode(stored, out)?;
-                buf.copy_from_slice(out.get(from..).unwrap_or_default());
+                buf.copy_from_slice(out.get(from..end).unwrap_or_default());
                 Ok(())
             })
         })
