@@ -1,7 +1,7 @@
 //! Decodes what a sequential reader will want next, on cores that have nothing else to do.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
 use crate::pool::Pool;
 use crate::{BlockCache, BlockSource, Plan, SpanKind};
@@ -14,6 +14,15 @@ pub struct ReadAhead {
     reading: AtomicUsize,
     /// For what is foreseen.
     followers: Pool,
+}
+
+/// Where a sequential reader of one file is.
+#[derive(Debug, Default)]
+pub(crate) struct Place {
+    /// Where it would go on.
+    pub expected: AtomicU64,
+    /// How often it went elsewhere.
+    pub jumps: AtomicUsize,
 }
 
 /// Jobs that may wait. Few: an old one is of no use.
@@ -61,19 +70,26 @@ impl ReadAhead {
         self.reading.load(Ordering::Relaxed) < self.cores
     }
 
-    /// Asks for a range; gives back up to where it was taken on.
+    /// Asks for a range, less what the reader has come to by then; gives back up to where it was taken on.
     pub(crate) fn ask(
         &self,
         source: &Arc<dyn BlockSource>,
         cache: &Arc<BlockCache>,
+        reader: &Arc<Place>,
         from: u64,
         to: u64,
     ) -> u64 {
+        let jumps = reader.jumps.load(Ordering::Relaxed);
         let mut at = from;
         while at < to {
             let end = at.saturating_add(STEP).min(to);
-            let (source, cache) = (source.clone(), cache.clone());
-            let job = move || decode(&*source, &cache, at, end);
+            let (source, cache, reader) = (source.clone(), cache.clone(), reader.clone());
+            // What the reader has come to it decodes itself, into its own buffer.
+            let needed = move |start| {
+                reader.jumps.load(Ordering::Relaxed) == jumps
+                    && reader.expected.load(Ordering::Relaxed) <= start
+            };
+            let job = move || decode(&*source, &cache, needed, at, end);
             if self.workers.run_within(QUEUE, Box::new(job)).is_err() {
                 break;
             }
@@ -92,16 +108,16 @@ impl Drop for Reader<'_> {
 }
 
 /// Errors are the reader's to report: it will meet them itself.
-fn decode(source: &dyn BlockSource, cache: &BlockCache, from: u64, to: u64) {
+fn decode(source: &dyn BlockSource, cache: &BlockCache, needed: impl Fn(u64) -> bool, from: u64, to: u64) {
     let end = to.min(source.len());
     let mut at = from;
     while at < end {
         let Ok(span) = source.span(at) else { return };
-        if let SpanKind::Block(key) = span.kind
-            && !cache.holds(key)
-        {
+        if let SpanKind::Block(key) = span.kind {
             let Ok(len) = usize::try_from(span.len) else { return };
-            if cache.get(key, len, |out| source.read_block(span.start, key, out)).is_err() {
+            let needed = || needed(span.start);
+            let decode = |out: &mut [u8]| source.read_block(span.start, key, out);
+            if needed() && !cache.holds(key) && cache.get_for_sequence(key, len, needed, decode).is_err() {
                 return;
             }
         }

@@ -4,8 +4,11 @@ use std::os::fd::BorrowedFd;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 
+use crate::ahead::Place;
 use crate::cache::{Flight, Found};
-use crate::{BlockCache, BlockSource, File, FsError, FsResult, Plan, Problem, ReadAhead, Span, SpanKind};
+use crate::{
+    BlockCache, BlockKey, BlockSource, File, FsError, FsResult, Plan, Problem, ReadAhead, Span, SpanKind,
+};
 
 /// A file over a [`BlockSource`]: zeros and stored bytes go straight into the reader's buffer, decoded blocks through
 /// the cache.
@@ -13,8 +16,7 @@ pub struct BlockFile {
     source: Arc<dyn BlockSource>,
     cache: Arc<BlockCache>,
     ahead: Arc<ReadAhead>,
-    /// Where a sequential reader would go on.
-    expected: AtomicU64,
+    reader: Arc<Place>,
     /// Reads in a row that went on there.
     streak: AtomicU32,
     /// From where and up to where decoding was asked for.
@@ -31,6 +33,15 @@ const SEQUENTIAL: u32 = 3;
 /// How far ahead is decoded, at most. Bytes.
 const WINDOW: u64 = 4 << 20;
 
+/// A block that another thread decodes, for a part of a read.
+struct Coming {
+    flight: Arc<Flight>,
+    /// Where in the block the part begins, and whether it reaches the block's end.
+    from: usize,
+    to_end: bool,
+    key: BlockKey,
+}
+
 impl BlockFile {
     /// A file; `cache` and `ahead` are shared by all.
     pub fn new(source: Arc<dyn BlockSource>, cache: Arc<BlockCache>, ahead: Arc<ReadAhead>) -> Self {
@@ -38,7 +49,7 @@ impl BlockFile {
             source,
             cache,
             ahead,
-            expected: AtomicU64::new(0),
+            reader: Arc::default(),
             streak: AtomicU32::new(0),
             asked_from: AtomicU64::new(0),
             asked: AtomicU64::new(0),
@@ -64,52 +75,64 @@ impl BlockFile {
         plan.clone()
     }
 
-    /// Fills `buf`, or says which block has to be waited for, and where in it the bytes begin.
-    fn fill(&self, at: u64, span: &Span, buf: &mut [u8]) -> FsResult<Option<(Arc<Flight>, usize)>> {
-        match span.kind {
-            SpanKind::Zero => buf.fill(0),
-            SpanKind::Direct => self.source.read_direct(at, buf)?,
-            SpanKind::Block(key) => {
-                let len = usize::try_from(span.len).map_err(|_| bad_span(at))?;
-                let from = usize::try_from(at - span.start).map_err(|_| bad_span(at))?;
-                let block = match self.cache.find(key) {
-                    Some(Found::Held(block)) => block,
-                    Some(Found::Coming(flight)) => return Ok(Some((flight, from))),
-                    // The first time only as much as is asked for is decoded, and nothing is kept. What another thread is
-                    // to decode too goes through the cache, so that one of them does it.
-                    None if !self.is_to_be_decoded(span.start) && !self.cache.is_wanted(key, len) => {
-                        self.source.read_part(span.start, key, len, from, buf)?;
-                        return Ok(None);
-                    }
-                    None => self.cache.get(key, len, |out| self.source.read_block(span.start, key, out))?,
-                };
-                copy_part(&block, from, buf).ok_or_else(|| bad_span(at))?;
+    /// Fills `buf`, or says which block has to be waited for.
+    fn fill(&self, at: u64, span: &Span, buf: &mut [u8]) -> FsResult<Option<Coming>> {
+        let key = match span.kind {
+            SpanKind::Block(key) => key,
+            SpanKind::Zero => {
+                buf.fill(0);
+                return Ok(None);
             }
-        }
+            SpanKind::Direct => {
+                self.source.read_direct(at, buf)?;
+                return Ok(None);
+            }
+        };
+        let len = usize::try_from(span.len).map_err(|_| bad_span(at))?;
+        let from = usize::try_from(at - span.start).map_err(|_| bad_span(at))?;
+        let to_end = from.saturating_add(buf.len()) == len;
+        let decode = |out: &mut [u8]| self.source.read_block(span.start, key, out);
+        let block = match self.cache.find(key, to_end) {
+            Some(Found::Held(block)) => block,
+            Some(Found::Coming(flight)) => return Ok(Some(Coming { flight, from, key, to_end })),
+            // A boot's plan: others are about to decode it.
+            None if self.plan.get().is_some_and(|plan| !plan.is_done()) => {
+                self.cache.get(key, len, decode)?
+            }
+            // Small reads in sequence.
+            None if buf.len() < len && self.is_in_sequence(span.start) => {
+                self.cache.get_for_sequence(key, len, || true, decode)?.ok_or_else(|| bad_span(at))?
+            }
+            // The first time only as much as is asked for is decoded, and nothing is kept.
+            None if !self.cache.is_wanted(key, len) => {
+                self.source.read_part(span.start, key, len, from, buf)?;
+                return Ok(None);
+            }
+            None => self.cache.get(key, len, decode)?,
+        };
+        copy_part(&block, from, buf).ok_or_else(|| bad_span(at))?;
         Ok(None)
     }
 
-    /// Whether others are about to decode it, or reads of it were foreseen.
-    fn is_to_be_decoded(&self, start: u64) -> bool {
-        if self.plan.get().is_some_and(|plan| !plan.is_done()) {
-            return true;
-        }
+    /// Whether decoding it ahead was asked for.
+    fn is_in_sequence(&self, start: u64) -> bool {
         (self.asked_from.load(Ordering::Relaxed)..self.asked.load(Ordering::Relaxed)).contains(&start)
     }
 
     /// Sees whether reads come one after the other, and has the next blocks decoded if they do.
     fn look_ahead(&self, offset: u64, len: usize) {
         let end = offset.saturating_add(len as u64);
-        let expected = self.expected.load(Ordering::Relaxed);
+        let expected = self.reader.expected.load(Ordering::Relaxed);
         let near = offset.saturating_add(NEAR) >= expected && offset <= expected.saturating_add(NEAR);
         if !near {
-            self.expected.store(end, Ordering::Relaxed);
+            self.reader.jumps.fetch_add(1, Ordering::Relaxed);
+            self.reader.expected.store(end, Ordering::Relaxed);
             self.asked.store(end, Ordering::Relaxed);
             self.asked_from.store(end, Ordering::Relaxed);
             self.streak.store(0, Ordering::Relaxed);
             return;
         }
-        self.expected.fetch_max(end, Ordering::Relaxed);
+        self.reader.expected.fetch_max(end, Ordering::Relaxed);
         // Small reads all over a small file are near too: only those that go on count.
         if offset < expected && end <= expected {
             return;
@@ -128,7 +151,7 @@ impl BlockFile {
             }
             // Noted first: the reader may be there before the workers.
             self.asked.store(to, Ordering::Relaxed);
-            let taken = self.ahead.ask(&self.source, &self.cache, from, to);
+            let taken = self.ahead.ask(&self.source, &self.cache, &self.reader, from, to);
             self.asked.store(taken, Ordering::Relaxed);
         }
     }
@@ -157,7 +180,7 @@ impl File for BlockFile {
         let mut at = offset;
         let mut rest = buf;
         // Behind a block that another thread decodes may be some that nobody does yet.
-        let mut coming = Vec::new();
+        let mut waiting = Vec::new();
         while !rest.is_empty() {
             let span = self.source.span(at)?;
             let left = span.end().saturating_sub(at);
@@ -166,14 +189,17 @@ impl File for BlockFile {
             }
             let now = usize::try_from(left).unwrap_or(usize::MAX).min(rest.len());
             let (part, later) = std::mem::take(&mut rest).split_at_mut(now);
-            if let Some((flight, from)) = self.fill(at, &span, part)? {
-                coming.push((flight, from, part));
+            if let Some(coming) = self.fill(at, &span, part)? {
+                waiting.push((coming, part));
             }
             at += now as u64;
             rest = later;
         }
-        for (flight, from, part) in coming {
-            copy_part(&flight.wait()?, from, part).ok_or_else(|| bad_span(offset))?;
+        for (coming, part) in waiting {
+            copy_part(&coming.flight.wait()?, coming.from, part).ok_or_else(|| bad_span(offset))?;
+            if coming.to_end {
+                self.cache.spend(coming.key);
+            }
         }
         Ok(())
     }

@@ -208,6 +208,26 @@ fn a_sequential_reader_finds_the_next_blocks_decoded() {
 }
 
 #[test]
+fn a_sequential_reader_leaves_the_cache_to_others_wherever_it_turns() {
+    const COUNT: u64 = 4096;
+    let source = Arc::new(MemorySource::new(1, 4096, vec![Kind::Block; COUNT as usize], COUNT * 4096));
+    let (file, cache) = file(&source, 8 << 20);
+    // Somebody else's, which just fit beside a quarter of the cache.
+    let others = |block| BlockKey { image: 2, block };
+    for block in 0..1500 {
+        cache.get(others(block), 4096, |_| Ok(())).unwrap();
+    }
+    let mut buffer = vec![0; 4096];
+    for start in [0, 2000, 1000, 3000] {
+        for block in start..start + 700 {
+            file.read(block * 4096, &mut buffer).unwrap();
+            assert_eq!(buffer, source.content(block * 4096, 4096));
+        }
+    }
+    assert!((0..1500).all(|block| cache.holds(others(block))));
+}
+
+#[test]
 fn a_read_goes_on_behind_a_block_that_another_thread_decodes() {
     let source = Arc::new(MemorySource::new(1, 65536, vec![Kind::Block; 64], 64 * 65536));
     let (file, cache) = file(&source, 64 << 20);
