@@ -75,7 +75,7 @@ fn a_server_that_is_killed_a_hundred_times_is_not_noticed_by_fio() {
             server::kill(before);
             // Nobody can take away what is open, also while no server is there.
             if round % 10 == 0 {
-                lab.refused(&["remove", &backup], &["in use"]);
+                lab.refused(&["remove", &backup], &["in use", &format!("process {} on", mount.keeper.id())]);
             }
             server::wait("the next server", || server::pid(&mnt) != before);
         }

@@ -133,6 +133,7 @@ fn tree(store: Store, args: &Args, restarts: u64) -> anyhow::Result<Arc<dyn Tree
         access: access(args),
         cache_size: usize::try_from(args.cache_size).unwrap_or(usize::MAX),
         mounted_at: args.mount_point.display().to_string(),
+        held_by: std::os::unix::process::parent_id(),
         restarts,
         passthrough: args.passthrough,
     };

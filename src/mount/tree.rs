@@ -36,6 +36,8 @@ pub struct TreeConfig {
     pub cache_size: usize,
     /// For leases: where it is mounted.
     pub mounted_at: String,
+    /// The process that holds the mount, whichever serves it.
+    pub held_by: u32,
     /// Servers that the mount had before.
     pub restarts: u64,
     /// Whether the kernel may read stored files by itself, unchecked.
@@ -60,7 +62,8 @@ pub struct StoreTree {
 impl StoreTree {
     /// A tree over an opened store.
     pub fn new(store: Store, config: TreeConfig) -> std::io::Result<Self> {
-        let reader = VerifiedReader::new(store.clone(), &format!("the mount at {}", config.mounted_at));
+        let reader = VerifiedReader::new(store.clone(), &format!("the mount at {}", config.mounted_at))
+            .in_name_of(config.held_by);
         let (reader, blocks) = (Arc::new(reader), BlockCache::new(config.cache_size));
         Ok(Self {
             catalog: Catalog::new(store.clone(), reader.damage().clone()),

@@ -43,13 +43,13 @@ pub struct Lease {
 impl Store {
     /// Takes a lease. The file stays locked while the lease lives, so that one of a dead process is known as such.
     pub fn lease(&self, backup: BackupId, purpose: &str) -> StoreResult<Lease> {
-        let info = LeaseInfo {
-            backup,
-            purpose: purpose.into(),
-            host: hostname(),
-            pid: std::process::id(),
-            since: Timestamp::now(),
-        };
+        self.lease_in_name_of(std::process::id(), backup, purpose)
+    }
+
+    /// The same, named after the process that people find and end: the locks of a mount's servers outlive these.
+    pub fn lease_in_name_of(&self, pid: u32, backup: BackupId, purpose: &str) -> StoreResult<Lease> {
+        let info =
+            LeaseInfo { backup, purpose: purpose.into(), host: hostname(), pid, since: Timestamp::now() };
         let text = serde_json::to_vec(&info)
             .map_err(|e| StoreError::Invalid(format!("cannot encode a lease: {e}")))?;
         let name = format!("{backup}.{}.json", uuid::Uuid::new_v4().simple());

@@ -20,6 +20,7 @@ pub struct VerifiedReader {
     store: Store,
     /// For leases: who reads.
     by: String,
+    pid: u32,
     images: Mutex<HashMap<u64, Weak<StoredImage>>>,
     leases: Mutex<HashMap<(BackupId, &'static str), Weak<Lease>>>,
     sums: Arc<SumsCache>,
@@ -39,12 +40,19 @@ impl VerifiedReader {
         Self {
             store,
             by: by.into(),
+            pid: std::process::id(),
             images: Mutex::default(),
             leases: Mutex::default(),
             sums: SumsCache::new(SUMS_CACHE),
             flat: Arc::new(FlatCache::new(FLAT_CACHE)),
             damage: Arc::default(),
         }
+    }
+
+    /// Reads for another process, which leases then name.
+    #[must_use]
+    pub fn in_name_of(self, pid: u32) -> Self {
+        Self { pid, ..self }
     }
 
     /// What was found damaged so far.
@@ -86,7 +94,7 @@ impl VerifiedReader {
         if let Some(held) = leases.get(&(backup, what)).and_then(Weak::upgrade) {
             return Some(held);
         }
-        match self.store.lease(backup, &format!("{what}{}", self.by)) {
+        match self.store.lease_in_name_of(self.pid, backup, &format!("{what}{}", self.by)) {
             Ok(lease) => {
                 let lease = Arc::new(lease);
                 leases.retain(|_, lease| lease.strong_count() > 0);
