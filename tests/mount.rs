@@ -10,7 +10,10 @@ use std::fs::{self, File};
 use std::os::unix::fs::{FileExt as _, MetadataExt as _, OpenOptionsExt as _, PermissionsExt as _};
 use std::path::Path;
 use std::process::Command;
+use std::sync::Barrier;
 
+use knib_fuse::{Ino, Tree as _};
+use knibfs::mount::{Access, StoreTree, TreeConfig};
 use knibfs::store::manifest::BackupState;
 use mounted_store::{CLUSTER, Fixture, Layer, Shape, command};
 use proptest::prelude::*;
@@ -146,6 +149,34 @@ fn node_numbers_are_the_same_after_mounting_again() {
     };
     let _mount = f.mount(&[]);
     assert_eq!(before, numbers());
+}
+
+/// After a server's death the kernel asks the next one for numbers that it knows from the last, many at once.
+#[test]
+fn a_new_server_knows_the_nodes_of_the_last_one_whoever_asks_first() {
+    let f = Fixture::chain(SIZE, true, &layers());
+    let tree = || {
+        let (access, mounted_at) = (Access::only_me(), "/mnt".to_owned());
+        let (held_by, restarts, passthrough) = (std::process::id(), 0, false);
+        let config = TreeConfig { access, cache_size: 1 << 20, mounted_at, held_by, restarts, passthrough };
+        StoreTree::new(f.store.clone(), config).unwrap()
+    };
+    let known = tree();
+    let mut node = Ino::ROOT;
+    for name in ["vms", "web1", f.backups[1].name.as_str(), "root.raw"] {
+        node = known.lookup(node, name.as_ref()).unwrap().ino;
+    }
+    for round in 0..50 {
+        let (next, all) = (tree(), Barrier::new(4));
+        std::thread::scope(|scope| {
+            for _ in 0..4 {
+                scope.spawn(|| {
+                    all.wait();
+                    assert!(next.open(node).is_ok(), "round {round}");
+                });
+            }
+        });
+    }
 }
 
 #[test]

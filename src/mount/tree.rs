@@ -119,12 +119,15 @@ impl StoreTree {
             // What is damaged or gone has no nodes; the others' are looked for all the same.
             for found in self.catalog.all(&vm).unwrap_or_default() {
                 // Nodes change with their manifest only.
-                if !self.met.lock().insert((found.of.id, found.stamp)) {
+                let met = (found.of.id, found.stamp);
+                if self.met.lock().contains(&met) {
                     continue;
                 }
                 self.remember(Node::IdLink(found.of.clone()));
                 self.meet(&found.of);
                 self.remember(Node::Backup(found.of));
+                // Not before: who asks meanwhile would take what is not known yet for gone.
+                self.met.lock().insert(met);
             }
             self.remember(Node::Latest(vm.clone()));
             self.remember(Node::Vm(vm));
