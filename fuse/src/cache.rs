@@ -120,14 +120,7 @@ impl BlockCache {
     /// The block if it is held or being decoded, for a reader that reads it to its end or not.
     pub(crate) fn find(&self, key: BlockKey, to_end: bool) -> Option<Found> {
         let shard = self.shard(key).lock();
-        let found = match shard.slots.get(&key)? {
-            Slot::Ready { block, used, spent } => {
-                used.store(true, Ordering::Relaxed);
-                spent.fetch_or(to_end, Ordering::Relaxed);
-                Found::Held(block.clone())
-            }
-            Slot::Decoding(flight) => Found::Coming(flight.clone()),
-        };
+        let found = shard.slots.get(&key)?.found(to_end);
         drop(shard);
         self.hits.fetch_add(1, Ordering::Relaxed);
         Some(found)
@@ -184,19 +177,12 @@ impl BlockCache {
         let (flight, keep, room, old) = {
             let mut shard = self.shard(key).lock();
             match shard.slots.entry(key) {
-                Entry::Occupied(found) => match found.get() {
-                    Slot::Ready { block, used, .. } => {
-                        used.store(true, Ordering::Relaxed);
-                        self.hits.fetch_add(1, Ordering::Relaxed);
-                        return Ok(Some(block.clone()));
-                    }
-                    Slot::Decoding(flight) => {
-                        let flight = flight.clone();
-                        drop(shard);
-                        self.hits.fetch_add(1, Ordering::Relaxed);
-                        return flight.wait().map(Some);
-                    }
-                },
+                Entry::Occupied(slot) => {
+                    let found = slot.get().found(false);
+                    drop(shard);
+                    self.hits.fetch_add(1, Ordering::Relaxed);
+                    return found.wait().map(Some);
+                }
                 Entry::Vacant(free) => {
                     let Some(keep) = keep() else { return Ok(None) };
                     let flight = Arc::new(Flight::default());
@@ -238,6 +224,29 @@ impl BlockCache {
                 shard.slots.remove(&key);
                 shard.bytes -= room.unwrap_or(0);
             }
+        }
+    }
+}
+
+impl Slot {
+    /// What is there for a reader that reads the block to its end or not.
+    fn found(&self, to_end: bool) -> Found {
+        match self {
+            Self::Ready { block, used, spent } => {
+                used.store(true, Ordering::Relaxed);
+                spent.fetch_or(to_end, Ordering::Relaxed);
+                Found::Held(block.clone())
+            }
+            Self::Decoding(flight) => Found::Coming(flight.clone()),
+        }
+    }
+}
+
+impl Found {
+    fn wait(self) -> FsResult<Arc<[u8]>> {
+        match self {
+            Self::Held(block) => Ok(block),
+            Self::Coming(flight) => flight.wait(),
         }
     }
 }
